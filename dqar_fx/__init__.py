@@ -1,0 +1,34 @@
+"""Attention reuse across denoising steps as a ``torch.compile`` pass (DQAR), for diffusion transformers.
+
+    model = dqar_fx.optimize(pipe.transformer, dqar_fx.Schedule.interval(50, every=3), scheduler=pipe.scheduler)
+"""
+
+from dqar_fx.config import CacheConfig
+from dqar_fx.errors import CacheError, CaptureError, DqarError, PlanError, RuntimeStateError, ScheduleError
+from dqar_fx.graph.sites import Site
+from dqar_fx.optimize import optimize, restore, runtime
+from dqar_fx.plan import Plan
+from dqar_fx.quantize import dequantize, quantize
+from dqar_fx.runtime.runtime import Runtime
+from dqar_fx.schedule import Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CacheConfig",
+    "CacheError",
+    "CaptureError",
+    "DqarError",
+    "Plan",
+    "PlanError",
+    "Runtime",
+    "RuntimeStateError",
+    "Schedule",
+    "ScheduleError",
+    "Site",
+    "dequantize",
+    "optimize",
+    "quantize",
+    "restore",
+    "runtime",
+]

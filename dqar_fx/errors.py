@@ -1,0 +1,53 @@
+"""The errors of ``dqar_fx``: one family, so that ``except DqarError`` catches all that this package raises on purpose.
+
+A message says what is wrong, where, and what to do. Errors that a caller can cause by a wrong value are ``ValueError``
+as well, those that come from calling things in the wrong order are ``RuntimeError``.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CacheError", "CaptureError", "DqarError", "PlanError", "RuntimeStateError", "ScheduleError"]
+
+
+class DqarError(Exception):
+    """Base class of every error that ``dqar_fx`` raises on purpose."""
+
+
+class ScheduleError(DqarError, ValueError):
+    """A schedule cannot be made, parsed or planned.
+
+    Raised for an argument out of range, an unknown name or key in :meth:`Schedule.parse`, a custom rule that fails or
+    returns something other than a bool, and a custom mask that does not fit the steps or sites it is planned for.
+    """
+
+
+class PlanError(DqarError, ValueError):
+    """A plan is inconsistent, its file is malformed, or it does not fit the run.
+
+    Raised for a table that reuses before anything is stored, a plan file that cannot be understood, an index outside
+    of the table, and a plan whose numbers of steps and sites are not those of the model and the generation.
+    """
+
+
+class CaptureError(DqarError, ValueError):
+    """A model cannot be captured or rewritten.
+
+    Raised for a model in which no attention is found (the message names what was looked for), for site patterns that
+    match nothing, and for a graph break where ``fullgraph=True`` forbids them.
+    """
+
+
+class CacheError(DqarError, ValueError):
+    """A cache is configured in a way that cannot work.
+
+    Raised for an unknown target, dtype or granularity, for combinations of them that have no meaning, and for tensors
+    that cannot be quantised (an integer dtype, a shape without the axis that a scale is taken over).
+    """
+
+
+class RuntimeStateError(DqarError, RuntimeError):
+    """Something was called at the wrong time.
+
+    Raised when the runtime is asked of a model that was never optimised, when a model is optimised twice, and when
+    generations, branches or steps are begun or left in an order that has no meaning.
+    """

@@ -1,0 +1,1 @@
+"""Graph passes: ``fx.GraphModule`` in, ``fx.GraphModule`` out."""

@@ -1,0 +1,66 @@
+"""Put one guarded *read the cache or compute* node at each attention. This is the graph that ``diff`` shows."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from dqar_fx.graph.capture import fork, readable
+from dqar_fx.graph.sites import Region
+
+
+def reuse_or_compute(site: int, *exits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The guard. As a function it computes: it hands on the fresh ``exits``; ``specialise`` puts in the other outcomes."""
+    return exits
+
+
+def guard_sites(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule:
+    """Route every exit of each region through one ``reuse_or_compute`` node; sites count from 0 in the order given.
+
+    Before::  image, text = attn(x, e);  y = x + gate * image;  e2 = e + text
+    After::   image, text = attn(x, e)
+              guard = reuse_or_compute(3, image, text)
+              y = x + gate * guard[0];  e2 = e + guard[1]
+
+    Numerics, shapes and dtypes are unchanged. Refused regions (those with a reason) must have been left out. Applied to
+    its own result it has nothing to do: the regions of a guarded graph read ``reuse_or_compute`` already.
+    """
+    out = fork(gm)
+    nodes = {node.name: node for node in out.graph.nodes}
+    position = {node: i for i, node in enumerate(out.graph.nodes)}
+    for site, region in enumerate(regions):
+        exits = [nodes[name] for name in region.exits]
+        if any(user.target is reuse_or_compute for node in exits for user in node.users):
+            continue
+        inside = {nodes[name] for name in region.inside}
+        with out.graph.inserting_after(max(exits, key=position.__getitem__)):
+            guard = out.graph.call_function(reuse_or_compute, (site, *exits))
+        guard.meta = {k: v for k, v in exits[-1].meta.items() if k != "example_value"}
+        guard.meta["example_value"] = tuple(n.meta.get("example_value") for n in exits)
+        after = guard
+        for index, node in enumerate(exits):
+            with out.graph.inserting_after(after):
+                item = out.graph.call_function(operator.getitem, (guard, index))
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside and user is not guard)
+            after = item
+    out.graph.lint()
+    out.recompile()
+    return out
+
+
+def guard_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The guard nodes of a graph, in order."""
+    return [node for node in graph.nodes if node.target is reuse_or_compute]
+
+
+def graph_diff(before: fx.GraphModule, after: fx.GraphModule, name: str = "graph") -> str:
+    """The two graphs as a unified diff, one node a line."""
+    lines = difflib.unified_diff(
+        readable(before).splitlines(), readable(after).splitlines(), f"{name}: captured", f"{name}: guarded", lineterm="", n=2
+    )
+    return "\n".join(lines)

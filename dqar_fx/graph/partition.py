@@ -1,0 +1,213 @@
+"""Cut a guarded graph between its repeated blocks, and recognise equal blocks.
+
+Compiling 28 equal blocks then costs what compiling one costs, and a step may take another outcome in each block without
+another compilation of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from dqar_fx.graph.capture import module_stack
+from dqar_fx.graph.effects import changes_mode, storages, target_name, written
+from dqar_fx.graph.guard import guard_nodes, reuse_or_compute
+from dqar_fx.graph.sites import Region
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A stretch of the graph between two cuts.
+
+    Attributes:
+        gm: inputs -> tuple of outputs; its guards are numbered from 0 within the piece.
+        key: equal for pieces that compute the same function of their inputs.
+        inputs: names, in the whole graph, of the values it reads.
+        outputs: names, in the whole graph, of the values that later pieces or the model's result read.
+        sites: the global site number of each local guard.
+        label: the block it stands for, for people.
+    """
+
+    gm: fx.GraphModule
+    key: Hashable
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sites: tuple[int, ...]
+    label: str
+
+
+def partition(gm: fx.GraphModule, regions: Sequence[Region]) -> list[Piece]:
+    """Split the guarded graph into pieces that run one after the other; ``gm`` is left as it was.
+
+    Before::  y = x; for block in blocks: y = block(y, c);  return norm(y)
+    After::   [prologue] [blocks.0] [blocks.1] ... [epilogue]
+
+    Sound because a cut never reorders anything: each piece is a run of consecutive nodes. A value that is written in
+    place stays in one piece with all that share its storage, and so does whatever stands between a change of mode
+    (autocast) and its end.
+    """
+    nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
+    labels = _labels(nodes, regions)
+    runs = _runs(nodes, labels)
+    runs = _merge(runs, nodes)
+    result = next(n for n in gm.graph.nodes if n.op == "output")
+    returned = set(result.all_input_nodes)
+    pieces = []
+    for label, run in runs:
+        members = set(run)
+        outputs = [n for n in run if n in returned or any(u not in members and u is not result for u in n.users)]
+        pieces.append(_piece(gm, label, run, outputs))
+    return pieces
+
+
+def _labels(nodes: list[fx.Node], regions: Sequence[Region]) -> dict[fx.Node, str]:
+    """The block that each node belongs to: the innermost list element that holds a whole attention; "" for none."""
+    by_name = {n.name: n for n in nodes}
+    blocks: set[str] = set()
+    for region in regions:
+        stack = [call.path for call in module_stack(by_name[region.attentions[0]])]
+        elements = [path for path in stack if path.rpartition(".")[2].isdecimal()]
+        # An element of a list *inside* the attention (`to_out.0`) is no block; one that only is the attention is a
+        # block if there is nothing larger.
+        around = [p for p in elements if region.site.path.startswith(p + ".")] if region.site.owner else elements
+        if around or elements:
+            blocks.add((around or elements)[-1])
+    return {
+        node: next((call.path for call in reversed(module_stack(node)) if call.path in blocks), "") for node in nodes
+    }
+
+
+def _runs(nodes: list[fx.Node], labels: dict[fx.Node, str]) -> list[tuple[str, list[fx.Node]]]:
+    """Consecutive nodes of one block. What stands between two blocks joins the first; the rest at the end is its own."""
+    runs: list[tuple[str, list[fx.Node]]] = []
+    with_guard = max((i for i, n in enumerate(nodes) if n.target is reuse_or_compute), default=-1)
+    last_block = labels[nodes[with_guard]] if with_guard >= 0 else ""
+    finished = False
+    for position, node in enumerate(nodes):
+        label = labels[node]
+        if position > with_guard and (finished or label != last_block):
+            # After the last block with an attention everything is epilogue, even if it calls an earlier block's module
+            # again (a DiT's final layer uses block 0's conditioning).
+            finished, label = True, "epilogue"
+        elif not label:
+            label = runs[-1][0] if runs else "prologue"
+        if not runs or runs[-1][0] != label:
+            runs.append((label, []))
+        runs[-1][1].append(node)
+    return runs
+
+
+def _merge(runs: list[tuple[str, list[fx.Node]]], nodes: list[fx.Node]) -> list[tuple[str, list[fx.Node]]]:
+    """Join runs over which storage that is written in place, a change of mode, or a value that is no tensor extends."""
+    index = {node: i for i, (_, run) in enumerate(runs) for node in run}
+    spans: list[tuple[int, int]] = []
+    opened: list[int] = []
+    for node in nodes:
+        if changes_mode(node):
+            if "exit" in target_name(node) and opened:
+                spans.append((opened.pop(), index[node]))
+            elif "enter" in target_name(node):
+                opened.append(index[node])
+            else:  # set_grad_enabled: there is no telling where it ends
+                spans.append((index[node], len(runs) - 1))
+        for target in written(node):
+            touched = storages(target) or frozenset({id(target)})
+            family = [n for n in nodes if storages(n) & touched or n is target]
+            readers = [u for n in family for u in n.users if u in index]
+            around = [index[n] for n in (*family, *readers, node)]
+            spans.append((min(around), max(around)))
+        if not _can_cross(node):
+            around = [index[node], *(index[u] for u in node.users if u in index)]
+            spans.append((min(around), max(around)))
+    joined = [False] * len(runs)  # joined[i]: run i belongs to the one before it
+    for first, last in spans:
+        for i in range(first + 1, last + 1):
+            joined[i] = True
+    merged: list[tuple[str, list[fx.Node]]] = []
+    for i, (label, run) in enumerate(runs):
+        if joined[i]:
+            merged[-1] = (merged[-1][0], merged[-1][1] + run)
+        else:
+            merged.append((label, run))
+    return merged
+
+
+def _can_cross(node: fx.Node) -> bool:
+    """True if the value of ``node`` may be an output of a piece: a tensor or a number."""
+    value = node.meta.get("example_value")
+    return isinstance(value, (torch.Tensor, int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _piece(whole: fx.GraphModule, label: str, run: list[fx.Node], outputs: list[fx.Node]) -> Piece:
+    members = set(run)
+    inputs: list[fx.Node] = []
+    for node in run:
+        for argument in node.all_input_nodes:
+            if argument not in members and argument not in inputs:
+                inputs.append(argument)
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate(inputs):
+        mapping[node] = graph.placeholder(f"in_{i}")
+        mapping[node].meta = dict(node.meta)
+    sites: list[int] = []
+    for node in run:
+        copy = mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        copy.meta = dict(node.meta)
+        if node.target is reuse_or_compute:
+            copy.args = (len(sites), *copy.args[1:])
+            sites.append(int(node.args[0]))  # type: ignore[call-overload]  # ours: always an int
+    graph.output(tuple(mapping[n] for n in outputs))
+    gm = fx.GraphModule(whole, graph)
+    return Piece(
+        gm, structure(gm), tuple(n.name for n in inputs), tuple(n.name for n in outputs), tuple(sites), label
+    )
+
+
+def structure(gm: fx.GraphModule) -> Hashable:
+    """A hashable picture of the graph: operators, constants and wiring, without names or metadata."""
+    number = {node: i for i, node in enumerate(gm.graph.nodes)}
+
+    def freeze(value: object) -> Hashable:
+        if isinstance(value, fx.Node):
+            return ("node", number[value])
+        if isinstance(value, (tuple, list)):
+            return (type(value).__name__, *(freeze(v) for v in value))
+        if isinstance(value, dict):
+            return ("dict", *((k, freeze(v)) for k, v in value.items()))
+        if isinstance(value, slice):
+            return ("slice", freeze(value.start), freeze(value.stop), freeze(value.step))
+        # 1, 1.0 and True are equal and hash alike, but are not the same argument; -0.0 and 0.0 differ too.
+        return (type(value).__name__, repr(value) if isinstance(value, float) else _hashable(value))
+
+    lines: list[Hashable] = []
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            target: Hashable = ("attribute", id(_attribute(gm, str(node.target))))
+        else:
+            target = node.target if node.op in ("call_function", "call_method") else ""
+        lines.append((node.op, target, freeze(node.args if node.op != "placeholder" else ()), freeze(dict(node.kwargs))))
+    return tuple(lines)
+
+
+def _attribute(module: torch.nn.Module, target: str) -> object:
+    value: object = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _hashable(value: object) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return ("unhashable", id(value))
+    return value  # type: ignore[return-value]  # just shown to be hashable
+
+
+def count_guards(pieces: Sequence[Piece]) -> int:
+    """How many guards the pieces hold together: a cut must lose none."""
+    return sum(len(guard_nodes(piece.gm.graph)) for piece in pieces)

@@ -1,0 +1,193 @@
+"""A piece under one given outcome of each of its guards, with all that became dead removed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+
+import torch
+from torch import fx
+
+from dqar_fx.config import CacheConfig
+from dqar_fx.graph.capture import fork
+from dqar_fx.graph.effects import eliminate_dead_code, storages, written
+from dqar_fx.graph.guard import guard_nodes
+from dqar_fx.quantize import dequantize_from, quantize_over, reduced_dims
+
+
+class Outcome(Enum):
+    """What a guard does at one step."""
+
+    COMPUTE = "compute"
+    STORE = "compute+store"
+    REUSE = "reuse"
+
+
+@dataclass(frozen=True, slots=True)
+class BufferUse:
+    """A stored tensor that a variant reads or writes: guard (within the piece), exit, part (0: values, 1: scales)."""
+
+    guard: int
+    exit: int
+    part: int
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A piece specialised.
+
+    Attributes:
+        gm: called with ``inputs`` (positions in the piece's inputs) and then ``buffers``; returns the kept ``outputs``.
+        inputs: positions, in the piece's inputs, of those that it still needs.
+        buffers: the stored tensors it reads or writes, in calling order.
+        outputs: positions, in the piece's outputs, of those that it returns.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[int, ...]
+    buffers: tuple[BufferUse, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitLayout:
+    """How one exit is stored: the questions of ``CacheConfig`` settled for a given tensor."""
+
+    dtype: torch.dtype
+    ndim: int
+    granularity: str  # "" for native
+    num_heads: int | None
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.granularity else 1
+
+
+def exit_layout(value: torch.Tensor, cache: CacheConfig, heads: int | None, batch: object) -> ExitLayout:
+    """Settle how an exit is stored. ``batch`` is the attention's batch size (first dimension of its query).
+
+    Scales that span more than one token must not span samples; where the first dimension of the exit is not the
+    attention's batch (a sequence-first layout), scales are taken per token, which is right in any layout.
+    """
+    if cache.dtype == "native":
+        return ExitLayout(value.dtype, value.ndim, "", None)
+    granularity = cache.granularity
+    if granularity != "token" and value.shape[0] != batch:
+        granularity = "token"
+    num_heads = None
+    if granularity == "head":
+        if value.ndim == 3 and heads and value.shape[-1] % heads == 0:
+            num_heads = heads
+        elif value.ndim != 4 or value.shape[1] != heads:
+            granularity = "token"
+    return ExitLayout(value.dtype, value.ndim, granularity, num_heads)
+
+
+def specialise(
+    gm: fx.GraphModule, outcomes: Sequence[Outcome], layouts: Sequence[Sequence[ExitLayout]], outputs: Sequence[int]
+) -> Variant:
+    """Give every guard its outcome and drop what is then dead; ``gm`` is left as it was.
+
+    Before::   a = attn(norm(x)); g = reuse_or_compute(0, a); y = x + g[0]
+    compute::  a = attn(norm(x)); y = x + a
+    store::    a = attn(norm(x)); q, s = quantize(a); q_0.copy_(q); s_0.copy_(s); y = x + a
+    reuse::    y = x + dequantize(q_0, s_0)
+
+    A compute step hands on the fresh value, never its quantised copy. Quantise and dequantise are plain operations of
+    the graph, so that a compiler fuses them into their neighbours. Stored tensors are extra inputs, written in place:
+    their addresses never change. ``outputs`` are the positions of the outputs that somebody will read.
+    """
+    out = fork(gm)
+    graph = out.graph
+    result = next(n for n in graph.nodes if n.op == "output")
+    kept = tuple(outputs)
+    result.args = (tuple(result.args[0][i] for i in kept),)  # type: ignore[index]  # a piece returns a tuple
+    uses: list[BufferUse] = []
+    stores: list[fx.Node] = []
+    guards = guard_nodes(graph)
+    for guard, outcome, parts in zip(guards, outcomes, layouts, strict=True):
+        number = int(guard.args[0])  # type: ignore[call-overload]  # ours: always an int
+        for index, layout in enumerate(parts):
+            fresh = guard.args[1 + index]
+            item = next((u for u in guard.users if u.target is operator.getitem and u.args[1] == index), None)
+            buffers = []
+            if outcome is not Outcome.COMPUTE:
+                for part in range(layout.parts):
+                    buffers.append(_buffer(graph, len(uses)))
+                    uses.append(BufferUse(number, index, part))
+            with graph.inserting_after(guard):
+                anchor = graph.call_function(_here)
+            with graph.inserting_before(anchor):
+                if outcome is Outcome.REUSE:
+                    value = _read(graph, buffers, layout, _written_later(item, graph))
+                else:
+                    value = fresh
+                    if outcome is Outcome.STORE:
+                        stores += _store(graph, fresh, buffers, layout)
+            graph.erase_node(anchor)
+            if item is not None:
+                if outcome is Outcome.REUSE and isinstance(value, fx.Node):
+                    value.meta.update({k: v for k, v in item.meta.items() if k != "example_value"})
+                item.replace_all_uses_with(value)  # type: ignore[arg-type]  # a node: exits are values of the graph
+                graph.erase_node(item)
+    for guard in guards:
+        graph.erase_node(guard)
+    eliminate_dead_code(out)
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name.startswith("in_")]
+    used = tuple(i for i, n in enumerate(inputs) if n.users)
+    for node in inputs:
+        if not node.users:
+            graph.erase_node(node)
+    graph.lint()
+    out.recompile()
+    return Variant(out, used, tuple(uses), kept)
+
+
+def _here() -> None:
+    """Marks a place in the graph while nodes are put there; never stays."""
+
+
+def _buffer(graph: fx.Graph, number: int) -> fx.Node:
+    """A placeholder behind all others. Buffers carry no fake tensor: they share storage with nothing in the graph."""
+    last = [n for n in graph.nodes if n.op == "placeholder"]
+    with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
+        return graph.placeholder(f"stored_{number}")
+
+
+def _read(graph: fx.Graph, buffers: list[fx.Node], layout: ExitLayout, private: bool) -> fx.Node:
+    if layout.granularity:
+        read = partial(dequantize_from, dtype=layout.dtype, num_heads=layout.num_heads)
+        return _inline(graph, lambda q, scale: read(q, scale), buffers)[0]
+    # Somebody writes into what they are handed: give them a copy, or they would write into the store.
+    return graph.call_method("clone", (buffers[0],)) if private else buffers[0]
+
+
+def _store(graph: fx.Graph, fresh: object, buffers: list[fx.Node], layout: ExitLayout) -> list[fx.Node]:
+    values: Sequence[object] = [fresh]
+    if layout.granularity:
+        dims = reduced_dims(layout.ndim, layout.granularity)
+        over = partial(quantize_over, dims=dims, num_heads=layout.num_heads)
+        values = _inline(graph, lambda x: over(x), [fresh])
+    return [graph.call_method("copy_", (buffer, v)) for buffer, v in zip(buffers, values, strict=True)]  # type: ignore[arg-type]
+
+
+def _inline(graph: fx.Graph, function: Callable[..., object], arguments: Sequence[object]) -> list[fx.Node]:
+    """Trace ``function`` and copy its nodes to the insertion point; returns its result(s)."""
+    traced = fx.Tracer().trace(function)
+    given = iter(arguments)
+    mapping: dict[fx.Node, object] = {n: next(given) for n in traced.nodes if n.op == "placeholder"}
+    result = graph.graph_copy(traced, mapping)  # type: ignore[arg-type]
+    return list(result) if isinstance(result, (tuple, list)) else [result]  # type: ignore[list-item]
+
+
+def _written_later(item: fx.Node | None, graph: fx.Graph) -> bool:
+    """True if something writes into the exit after it was handed out, or hands it to the caller of the model."""
+    if item is None:
+        return False
+    touched = storages(item)
+    family = {n for n in graph.nodes if storages(n) & touched} | {item}
+    result = next(n for n in graph.nodes if n.op == "output")
+    return any(w in family for n in graph.nodes for w in written(n)) or any(n in family for n in result.all_input_nodes)

@@ -1,0 +1,1 @@
+"""What changes between the calls of an optimised model: identity, stored values, programs, counts."""

@@ -1,0 +1,172 @@
+"""The state of one sampling run: its clock, what it has stored, what was decided."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from dqar_fx.graph.specialise import Outcome
+from dqar_fx.plan import Plan
+from dqar_fx.runtime.cache import EMPTY, Store
+from dqar_fx.runtime.clock import Clock, Move, Tick
+from dqar_fx.runtime.program import CapturedGraph, Outcomes
+
+NEW_GENERATION = "new-generation"
+
+
+class Decision(NamedTuple):
+    """What one site did in one call, and why."""
+
+    step: int
+    branch: str
+    site: int
+    action: str
+    reason: str
+
+
+class StepTable:
+    """A plan, cut to the sites of one graph, in the form that a call needs: no arithmetic is left for it."""
+
+    def __init__(self, plan: Plan, first: int, count: int) -> None:
+        steps = range(plan.num_steps)
+        sites = range(first, first + count)
+        self.num_steps = plan.num_steps
+        self.count = count
+        self.reuse = [[bool(plan.reuse[t, s]) for s in sites] for t in steps]
+        self.age = [[int(plan.age[t, s]) for s in sites] for t in steps]
+        self.reason = [tuple(plan.reason(t, s) for s in sites) for t in steps]
+        self.outcomes: list[Outcomes] = [
+            tuple(
+                Outcome.REUSE if plan.reuse[t, s] else Outcome.STORE if self._read_next(t, s - first) else Outcome.COMPUTE
+                for s in sites
+            )
+            for t in steps
+        ]
+        # What an undisturbed generation has stored before each step: if it is so, the plan is followed to the letter.
+        self.before: list[list[int]] = [[EMPTY] * count]
+        for t in steps:
+            done = self.outcomes[t]
+            self.before.append([t if o is Outcome.STORE else b for o, b in zip(done, self.before[-1], strict=True)])
+
+    def _read_next(self, step: int, site: int) -> bool:
+        return step + 1 < self.num_steps and self.reuse[step + 1][site]
+
+    def decide(self, tick: Tick, store: Store, empty_reason: str) -> tuple[Outcomes, tuple[str, ...]]:
+        """The outcome and its reason for every site, and what will be stored, noted in ``store``."""
+        step = tick.step
+        if tick.move is Move.UNKNOWN or step >= self.num_steps:
+            reason = NEW_GENERATION if tick.move is Move.UNKNOWN else "schedule"
+            return (Outcome.COMPUTE,) * self.count, (reason,) * self.count
+        if tick.move is Move.REPEAT:
+            why = (NEW_GENERATION if reuse else r for reuse, r in zip(self.reuse[step], self.reason[step], strict=True))
+            return (Outcome.COMPUTE,) * self.count, tuple(why)
+        if store.step == self.before[step]:
+            store.step = self.before[step + 1].copy()
+            return self.outcomes[step], self.reason[step]
+        outcomes, reasons = [], []
+        for site in range(self.count):
+            reason = self.reason[step][site]
+            outcome = Outcome.COMPUTE
+            if self.reuse[step][site]:
+                source = store.step[site]
+                if source == EMPTY:
+                    reason = empty_reason
+                elif step - self.age[step][site] <= source < step:
+                    outcome = Outcome.REUSE
+                else:
+                    reason = "stale"
+            if outcome is Outcome.COMPUTE and self._read_next(step, site):
+                outcome = Outcome.STORE
+                store.step[site] = step
+            outcomes.append(outcome)
+            reasons.append(reason)
+        return tuple(outcomes), tuple(reasons)
+
+
+@dataclass(slots=True)
+class _Stored:
+    graph: CapturedGraph
+    sizes: tuple[object, ...]
+    store: Store
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One sampling run of one model. Everything that changes between its steps is here, and nowhere else."""
+
+    num_steps: int | None = None  # as given by hand
+    clock: Clock = field(default_factory=Clock)
+    branch: str = ""
+    manual_step: int | None = None
+    log: list[tuple[int, str, int, Outcomes, tuple[str, ...]]] = field(default_factory=list)
+    _stores: dict[tuple[str, int], _Stored] = field(default_factory=dict)
+    _weights: dict[int, tuple[list[torch.Tensor], list[int]]] = field(default_factory=dict)
+
+    def begin_call(self, tick: Tick) -> None:
+        """Forget what this call must not read: everything at the start of a generation, the branch's on a repeat."""
+        if tick.move is Move.START:
+            self.invalidate()
+            self.log.clear()
+        elif tick.move is Move.REPEAT or tick.move is Move.UNKNOWN:
+            for (branch, _), stored in self._stores.items():
+                if branch == self.branch:
+                    stored.store.clear()
+
+    def store_for(self, graph: CapturedGraph, first: int, sizes: tuple[object, ...]) -> tuple[Store, str]:
+        """The store of a graph whose first site has number ``first``, and the reason to give where it is empty."""
+        stored = self._stores.get((self.branch, first))
+        if stored is not None and stored.graph is graph and stored.sizes == sizes:
+            return stored.store, "empty"
+        reason = "empty" if stored is None or stored.store.is_empty else "shape"
+        store = Store(graph.specs(sizes))
+        self._stores[self.branch, first] = _Stored(graph, sizes, store)
+        return store, reason
+
+    def check_weights(self, graph: CapturedGraph, arguments: Sequence[object]) -> bool:
+        """False, once, if a parameter was replaced or written into since the last call; the stored values are dropped."""
+        tensors = [arguments[i] for i in graph.parameters]
+        versions = [0 if t.is_inference() else t._version for t in tensors]  # type: ignore[attr-defined]
+        known = self._weights.get(id(graph))
+        same = known is None or (versions == known[1] and all(map(operator.is_, tensors, known[0])))
+        if known is None or not same:
+            self._weights[id(graph)] = (tensors, versions)  # type: ignore[assignment]
+        if not same:
+            self.invalidate()
+        return same
+
+    def invalidate(self) -> None:
+        """Forget every stored value; buffers keep their addresses."""
+        for stored in self._stores.values():
+            stored.store.clear()
+        self._weights.clear()
+
+    def free(self) -> None:
+        """Forget everything stored and free it; the next call starts anew."""
+        self._stores.clear()
+        self._weights.clear()
+        self.clock.clear()
+        self.manual_step = None
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(stored.store.bytes for stored in self._stores.values())
+
+    def site_bytes(self) -> dict[int, int]:
+        """Bytes stored for each site, over all branches."""
+        found: dict[int, int] = {}
+        for (_, first), stored in self._stores.items():
+            for site in range(stored.graph.num_sites):
+                found[first + site] = found.get(first + site, 0) + stored.store.site_bytes(site)
+        return found
+
+    def decisions(self) -> list[Decision]:
+        """Every decision so far, in order."""
+        return [
+            Decision(step, branch, first + i, "reuse" if outcome is Outcome.REUSE else "compute", reason)
+            for step, branch, first, outcomes, reasons in self.log
+            for i, (outcome, reason) in enumerate(zip(outcomes, reasons, strict=True))
+        ]

@@ -1,0 +1,236 @@
+"""A captured graph as flat lists of compiled pieces, one list for each set of outcomes that a step may have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from dqar_fx.config import CacheConfig
+from dqar_fx.graph.capture import is_parameter, lift_constants, source_name
+from dqar_fx.graph.effects import must_keep, written
+from dqar_fx.graph.guard import guard_sites
+from dqar_fx.graph.lower import BoxedCallable, Lowerer
+from dqar_fx.graph.partition import Piece, partition
+from dqar_fx.graph.sites import Region
+from dqar_fx.graph.specialise import ExitLayout, Outcome, Variant, exit_layout, specialise
+from dqar_fx.runtime.cache import ExitSpec, Store
+
+Outcomes = tuple[Outcome, ...]
+
+
+@dataclass(slots=True)
+class _Step:
+    variant: Variant
+    arguments: tuple[int, ...]  # registers, in calling order
+    results: tuple[int, ...]
+    freed: tuple[int, ...]  # registers nobody reads after this
+
+
+@dataclass(slots=True, eq=False)
+class Program:
+    """One set of outcomes, ready to run: registers are inputs, constants, stored tensors, then intermediate values."""
+
+    steps: list[_Step]
+    buffers: tuple[tuple[int, int, int], ...]  # (site, exit, part)
+    results: tuple[int, ...]
+    scratch: list[Any]  # initial content of the registers behind the stored tensors
+    compiled: list[tuple[BoxedCallable, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    def bind(self, store: Store | None) -> list[torch.Tensor]:
+        """The stored tensors that this program reads and writes, in register order; allocates what is missing."""
+        if store is None or not self.buffers:
+            return []
+        return [store.of(site)[exit][part] for site, exit, part in self.buffers]
+
+
+class CapturedGraph:
+    """One graph that Dynamo captured, rewritten, cut into pieces, and run.
+
+    Args:
+        gm: the graph as Dynamo gave it.
+        regions: the sites to rewrite, in graph order.
+        cache: how their exits are stored.
+        lowerer: compiles pieces; shared by all graphs of a model.
+        variants: the specialised pieces of all graphs of the model, so that equal blocks of two captures share code.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        regions: Sequence[Region],
+        cache: CacheConfig,
+        lowerer: Lowerer,
+        variants: dict[object, Variant],
+    ) -> None:
+        self.captured = gm
+        self.regions = tuple(regions)
+        self.guarded = guard_sites(gm, regions)
+        lifted, self.constants = lift_constants(self.guarded)
+        self.pieces: list[Piece] = partition(lifted, regions)
+        self._lowerer = lowerer
+        self._variants = variants
+        self._inputs = [n for n in lifted.graph.nodes if n.op == "placeholder"]
+        self._result: Sequence[Any] = next(n for n in lifted.graph.nodes if n.op == "output").args[0]  # type: ignore[assignment]
+        self._programs: dict[tuple[Outcomes, tuple[object, ...]], Program] = {}
+        nodes = {n.name: n for n in gm.graph.nodes}
+        self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
+        batches = [nodes[r.attentions[0]].meta["example_value"].shape[0] for r in regions]
+        self.layouts: list[list[ExitLayout]] = [
+            [exit_layout(value, cache, region.site.heads, batch) for value in exits]
+            for region, exits, batch in zip(regions, self._exits, batches, strict=True)
+        ]
+        given = self._inputs[: len(self._inputs) - len(self.constants)]
+        self.parameters = tuple(i for i, n in enumerate(given) if is_parameter(n) and not _is_number(n))
+        self.sizes = tuple(i for i, n in enumerate(given) if _is_number(n))
+        self.sources = tuple(source_name(n) for n in given)
+        self._specs: dict[tuple[object, ...], list[list[ExitSpec]]] = {}
+        # A piece whose outputs nobody needs still runs if it writes into something.
+        self._has_effects = [_has_effects(piece.gm) for piece in self.pieces]
+
+    @property
+    def num_sites(self) -> int:
+        return len(self.regions)
+
+    def sizes_of(self, arguments: Sequence[Any]) -> tuple[object, ...]:
+        """The sizes that this call has where the graph was captured with symbolic ones."""
+        return tuple(arguments[i] for i in self.sizes)
+
+    def specs(self, sizes: tuple[object, ...]) -> list[list[ExitSpec]]:
+        """What to allocate for each exit, ``[site][exit]``, at the given sizes."""
+        specs = self._specs.get(sizes)
+        if specs is None:
+            values = {
+                str(self._inputs[i].meta["example_value"]): int(size)  # type: ignore[call-overload]
+                for i, size in zip(self.sizes, sizes, strict=True)
+            }
+            specs = self._specs[sizes] = [
+                [_exit_spec(value, layout, values) for value, layout in zip(exits, layouts, strict=True)]
+                for exits, layouts in zip(self._exits, self.layouts, strict=True)
+            ]
+        return specs
+
+    def run(self, arguments: Sequence[Any], outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...]) -> list[Any]:
+        """Run the graph; ``outcomes`` has one entry for each site. Compiles what this combination needs for the first time.
+
+        Returns what the captured graph returns, in the same order.
+        """
+        key = (outcomes, sizes, torch.is_inference_mode_enabled())
+        program = self._programs.get(key)  # type: ignore[call-overload]
+        if program is None:
+            program = self._programs[key] = self._build(outcomes)  # type: ignore[index]
+        registers = [*arguments, *self.constants, *program.bind(store), *program.scratch]
+        if not program.compiled:
+            return self._first_run(program, registers)
+        for function, inputs, outputs, freed in program.compiled:
+            given = [registers[i] for i in inputs]
+            for i in freed:
+                registers[i] = None
+            for i, value in zip(outputs, function(given)):
+                registers[i] = value
+        return [registers[i] for i in program.results]
+
+    def _first_run(self, program: Program, registers: list[Any]) -> list[Any]:
+        compiled = []
+        for step in program.steps:
+            given = [registers[i] for i in step.arguments]
+            function = self._lowerer.lower(step.variant, given)
+            for i in step.freed:
+                registers[i] = None
+            for i, value in zip(step.results, function(given), strict=True):
+                registers[i] = value
+            compiled.append((function, step.arguments, step.results, step.freed))
+        program.compiled = compiled  # only now: an exception on the way leaves the program to be built again
+        return [registers[i] for i in program.results]
+
+    def _build(self, outcomes: Outcomes) -> Program:
+        """Choose a variant for each piece, from the last to the first, so that nothing is computed that nobody reads."""
+        needed = {n.name for n in self._result if isinstance(n, fx.Node)}
+        chosen: list[tuple[Piece, Variant]] = []
+        for piece, has_effects in zip(reversed(self.pieces), reversed(self._has_effects), strict=True):
+            outputs = tuple(i for i, name in enumerate(piece.outputs) if name in needed)
+            mine = tuple(outcomes[site] for site in piece.sites)
+            if not outputs and not has_effects and Outcome.STORE not in mine:
+                continue
+            layouts = tuple(tuple(self.layouts[site]) for site in piece.sites)
+            key = (piece.key, mine, layouts, outputs)
+            variant = self._variants.get(key)
+            if variant is None:
+                variant = self._variants[key] = specialise(piece.gm, mine, layouts, outputs)
+            needed |= {piece.inputs[i] for i in variant.inputs}
+            chosen.append((piece, variant))
+        chosen.reverse()
+        return self._allocate(chosen)
+
+    def _allocate(self, chosen: list[tuple[Piece, Variant]]) -> Program:
+        """Give every value a register and note where it is read for the last time."""
+        register = {n.name: i for i, n in enumerate(self._inputs)}
+        buffers = [(p.sites[use.guard], use.exit, use.part) for p, v in chosen for use in v.buffers]
+        first_buffer = len(register)
+        first_scratch = first_buffer + len(buffers)
+        scratch: list[Any] = []
+        steps: list[_Step] = []
+        next_buffer = first_buffer
+        for piece, variant in chosen:
+            arguments = [register[piece.inputs[i]] for i in variant.inputs]
+            arguments += range(next_buffer, next_buffer + len(variant.buffers))
+            next_buffer += len(variant.buffers)
+            results = []
+            for i in variant.outputs:
+                register[piece.outputs[i]] = first_scratch + len(scratch)
+                results.append(first_scratch + len(scratch))
+                scratch.append(None)
+            steps.append(_Step(variant, tuple(arguments), tuple(results), ()))
+        final = []
+        for value in self._result:
+            if isinstance(value, fx.Node):
+                final.append(register[value.name])
+            else:
+                final.append(first_scratch + len(scratch))
+                scratch.append(value)
+        alive = set(final)
+        for step in reversed(steps):
+            step.freed = tuple(sorted({*step.arguments, *step.results} - alive - set(step.results)))
+            alive |= set(step.arguments)
+        return Program(steps, tuple(buffers), tuple(final), scratch)
+
+
+def _has_effects(gm: fx.GraphModule) -> bool:
+    return any(written(n) or (must_keep(n) and n.op not in ("placeholder", "output")) for n in gm.graph.nodes)
+
+
+def _is_number(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("example_value"), torch.Tensor)
+
+
+def _exit_spec(value: torch.Tensor, layout: ExitLayout, sizes: dict[str, int]) -> ExitSpec:
+    shape = tuple(_resolve(s, sizes) for s in value.shape)
+    stride = tuple(_resolve(s, sizes) for s in value.stride())
+    return ExitSpec(shape, stride if _is_dense(shape, stride) else _contiguous(shape), value.device, layout)
+
+
+def _resolve(size: int | torch.SymInt, sizes: dict[str, int]) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs({symbol: sizes[str(symbol)] for symbol in expression.free_symbols}))
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """True if the strides describe a permutation of contiguous memory: no gaps, no overlap."""
+    expected = 1
+    for step, size in sorted((st, sz) for sz, st in zip(shape, stride, strict=True) if sz != 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    stride = [1] * len(shape)
+    for i in range(len(shape) - 2, -1, -1):
+        stride[i] = stride[i + 1] * max(shape[i + 1], 1)
+    return tuple(stride)

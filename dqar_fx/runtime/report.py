@@ -1,0 +1,149 @@
+"""What a user may ask of a runtime: counts, decisions, and a report that hides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from dqar_fx.graph.sites import Site
+from dqar_fx.plan import Plan
+from dqar_fx.runtime.generation import Decision
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts of one generation (the current or last of the calling thread), and of what has been compiled for the model.
+
+    Attributes:
+        decisions: ``(step, branch, site, action, reason)`` of every site in every call, in order.
+        cache_bytes: bytes held by the generation's stored values now; 0 once it was left or reset.
+        captures: graphs that Dynamo captured.
+        graph_breaks: breaks between them.
+        variants: compiled pieces, one for each (piece, outcome, input signature) that was needed.
+        compile_seconds: time spent rewriting and compiling them.
+    """
+
+    decisions: tuple[Decision, ...]
+    cache_bytes: int
+    captures: int
+    graph_breaks: int
+    variants: int
+    compile_seconds: float
+
+    @property
+    def steps(self) -> int:
+        """Number of different steps that were run."""
+        return len({d.step for d in self.decisions})
+
+    @property
+    def computed(self) -> int:
+        """How often an attention was computed."""
+        return sum(d.action == "compute" for d in self.decisions)
+
+    @property
+    def reused(self) -> int:
+        """How often an attention was read from the cache."""
+        return sum(d.action == "reuse" for d in self.decisions)
+
+    @property
+    def reuse_ratio(self) -> float:
+        """``reused / (reused + computed)``, 0 before the first call."""
+        return self.reused / len(self.decisions) if self.decisions else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GraphBreak:
+    """A place where Dynamo could not go on in one graph."""
+
+    reason: str
+    where: str
+
+    @classmethod
+    def of(cls, reason: Any) -> GraphBreak:
+        """From Dynamo's ``GraphCompileReason``."""
+        frames = list(getattr(reason, "user_stack", None) or [])
+        where = f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else "unknown place"
+        return cls(str(reason.reason).strip().split("\n", 1)[0], where)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The state of an optimised model; ``str`` gives a table, ``to_dict`` plain values for JSON."""
+
+    schedule: str
+    cache: str
+    sites: tuple[Site, ...]
+    skipped: tuple[Site, ...]
+    breaks: tuple[GraphBreak, ...]
+    pieces: tuple[int, ...]
+    plan: Plan | None
+    site_bytes: dict[int, int]
+    stats: Stats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in the report as numbers, strings, lists and dicts."""
+        planned = self.plan.reuse.mean(axis=0).tolist() if self.plan is not None else [None] * len(self.sites)
+        sites = []
+        for site, ratio in zip(self.sites, planned, strict=False):
+            mine = [d for d in self.stats.decisions if d.site == site.index]
+            sites.append(
+                {
+                    "index": site.index,
+                    "path": site.path,
+                    "kind": site.kind,
+                    "owner": site.owner,
+                    "exits": len(site.exits),
+                    "shapes": [[str(s) for s in shape] for shape in site.shapes],
+                    "planned_reuse": ratio,
+                    "reused": sum(d.action == "reuse" for d in mine),
+                    "calls": len(mine),
+                    "cache_bytes": self.site_bytes.get(site.index, 0),
+                }
+            )
+        return {
+            "schedule": self.schedule,
+            "cache": self.cache,
+            "planned_reuse_ratio": self.plan.reuse_ratio if self.plan is not None else None,
+            "num_steps": self.plan.num_steps if self.plan is not None else None,
+            "sites": sites,
+            "left_computing": [{"path": s.path, "kind": s.kind, "reason": s.reason} for s in self.skipped],
+            "graph_breaks": [{"reason": b.reason, "where": b.where} for b in self.breaks],
+            "captures": self.stats.captures,
+            "pieces": list(self.pieces),
+            "variants": self.stats.variants,
+            "compile_seconds": self.stats.compile_seconds,
+            "steps": self.stats.steps,
+            "computed": self.stats.computed,
+            "reused": self.stats.reused,
+            "reuse_ratio": self.stats.reuse_ratio,
+            "cache_bytes": self.stats.cache_bytes,
+        }
+
+    def __str__(self) -> str:
+        data = self.to_dict()
+        if not data["captures"]:
+            return f"schedule {self.schedule}, cache {self.cache}: nothing captured yet; call the model once."
+        ratio = data["planned_reuse_ratio"]
+        head = [
+            f"schedule {self.schedule}, cache {self.cache}",
+            f"captures {data['captures']}, graph breaks {len(self.breaks)}, pieces {'+'.join(map(str, self.pieces))}, "
+            f"compiled {data['variants']} in {data['compile_seconds']:.1f} s",
+            f"planned reuse {ratio:.1%}" if ratio is not None else "no plan yet",
+            f"this generation: {data['steps']} steps, reused {data['reused']} of {data['reused'] + data['computed']} "
+            f"({data['reuse_ratio']:.1%}), cache {data['cache_bytes'] / MIB:.2f} MiB",
+        ]
+        rows = [
+            [s["index"], s["path"], s["kind"], s["exits"], " ".join("x".join(shape) for shape in s["shapes"]),
+             "" if s["planned_reuse"] is None else f"{s['planned_reuse']:.0%}", f"{s['reused']}/{s['calls']}",
+             f"{s['cache_bytes'] / 1024:.1f}"]
+            for s in data["sites"]
+        ]  # fmt: skip
+        headers = ["site", "path", "kind", "exits", "shape", "planned", "reused", "cache KiB"]
+        lines = [*head, tabulate(rows, headers=headers)]
+        lines += [f"left computing: {s['path'] or '?'} ({s['kind']}): {s['reason']}" for s in data["left_computing"]]
+        lines += [f"graph break: {b['reason']} at {b['where']}" for b in data["graph_breaks"]]
+        return "\n".join(lines)

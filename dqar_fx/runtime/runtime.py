@@ -1,0 +1,356 @@
+"""The one mutable object of an optimised model: it tells each call which step it is and runs it accordingly."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import fx
+
+from dqar_fx.config import CacheConfig
+from dqar_fx.errors import CaptureError, RuntimeStateError
+from dqar_fx.graph.guard import graph_diff
+from dqar_fx.graph.lower import Backend, Lowerer
+from dqar_fx.graph.sites import Region, Site, find_sites
+from dqar_fx.graph.specialise import Outcome, Variant
+from dqar_fx.plan import Plan
+from dqar_fx.runtime.clock import Move, Tick
+from dqar_fx.runtime.generation import Generation, StepTable
+from dqar_fx.runtime.identity import SchedulerIdentity, read_timestep
+from dqar_fx.runtime.program import CapturedGraph
+from dqar_fx.runtime.report import GraphBreak, Report, Stats
+from dqar_fx.schedule import Schedule
+
+SiteFilter = Callable[[Site], bool] | str | Sequence[str] | None
+
+#: Generations entered with ``Runtime.generation`` and not left, innermost last. A context variable, so that threads and
+#: asyncio tasks (and ``asyncio.to_thread``) each see their own.
+_entered: ContextVar[tuple[tuple[Runtime, Generation], ...]] = ContextVar("dqar_fx_generations", default=())
+
+
+@dataclass(slots=True)
+class _Call:
+    """One evaluation of the model: its step, and how many sites its graphs have run so far."""
+
+    tick: Tick
+    generation: Generation
+    sites: int = 0
+
+
+class _PerThread(threading.local):
+    """What a thread has when it enters no generation of its own."""
+
+    def __init__(self) -> None:
+        self.implicit = Generation()
+        self.last: Generation | None = None
+        self.call: _Call | None = None
+
+
+class Runtime:
+    """Everything about one optimised model that changes between calls, and what can be asked about it.
+
+    Made by ``optimize`` (or by the backend); reached with ``dqar_fx.runtime(model)``.
+    """
+
+    def __init__(
+        self, schedule: Schedule | Plan, cache: CacheConfig, scheduler: Any, sites: SiteFilter, backend: Backend
+    ) -> None:
+        self.schedule = schedule
+        self.cache = cache
+        self.lowerer = Lowerer(backend)
+        self._scheduler = SchedulerIdentity(scheduler) if scheduler is not None else None
+        self._filter = sites
+        self._graphs: list[CapturedGraph] = []
+        self._skipped: list[Site] = []
+        self._breaks: list[GraphBreak] = []
+        self._ends_in_break: list[bool] = []
+        self._variants: dict[object, Variant] = {}
+        self._num_sites: int | None = None
+        self._plans: dict[tuple[int, int | None], Plan] = {}
+        self._tables: dict[tuple[int, int, int], tuple[Plan, StepTable]] = {}
+        self._threads = _PerThread()
+        self._lock = threading.RLock()
+        self._warned_steps = False
+        self.capture_seconds = 0.0
+        #: The options that the registered backend made this runtime from; held, so that their identity stays their own.
+        self.origin: object = None
+
+    # -- what a user calls ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def generation(self, num_steps: int | None = None) -> Iterator[Runtime]:
+        """Everything inside is one sampling run of ``num_steps`` steps; all it stored is freed on leaving, however.
+
+        Generations nest, and each thread or asyncio task has its own; what one stores no other ever reads. Rules plan
+        themselves anew for ``num_steps``; a ``Plan`` must have been made for it.
+
+        Raises:
+            RuntimeStateError: ``num_steps`` is not a positive number.
+            PlanError, ScheduleError: the schedule cannot be planned for ``num_steps``.
+        """
+        if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
+            raise RuntimeStateError(f"generation(num_steps={num_steps!r}): give the number of steps, an int of at least 1.")
+        if num_steps is not None:
+            self._plan_for(self._num_sites or self.schedule_sites, num_steps)
+        generation = Generation(num_steps=num_steps)
+        token = _entered.set((*_entered.get(), (self, generation)))
+        try:
+            yield self
+        finally:
+            _entered.reset(token)
+            generation.free()
+            self._threads.last = generation
+
+    def begin_step(self, step: int) -> None:
+        """The calls from here to the next ``begin_step`` are step ``step`` (counted from 0) of this generation.
+
+        Raises:
+            RuntimeStateError: ``step`` is not an int, or negative.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise RuntimeStateError(f"begin_step({step!r}): give the index of the step, an int that counts from 0.")
+        self._generation().manual_step = step
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """The calls inside belong to branch ``name`` (sequential guidance: "cond", "uncond"), which has its own cache."""
+        generation = self._generation()
+        before, generation.branch = generation.branch, name
+        try:
+            yield
+        finally:
+            generation.branch = before
+
+    def reset(self) -> None:
+        """Forget everything that the current generation of this thread has stored, and free it."""
+        self._generation().free()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that are rewritten, in order; empty before the first call (nothing has been captured yet)."""
+        return tuple(r.site for g in self._graphs_of_a_call() for r in g.regions)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force for the current generation; None before the first call (the number of sites is unknown)."""
+        if self._num_sites is None:
+            return None
+        return self._plan_for(self._num_sites, self._steps_of(self._generation()))
+
+    @property
+    def stats(self) -> Stats:
+        """Counts of the current (or last) generation of this thread, and of what has been compiled so far."""
+        generation = self._generation()
+        if not generation.log and self._threads.last is not None and self._threads.last.log:
+            generation = self._threads.last
+        return Stats(
+            decisions=tuple(generation.decisions()),
+            cache_bytes=generation.cache_bytes,
+            captures=len(self._graphs),
+            graph_breaks=len(self._breaks),
+            variants=self.lowerer.count,
+            compile_seconds=self.lowerer.seconds + self.capture_seconds,
+        )
+
+    def report(self) -> Report:
+        """What was captured, rewritten, left alone, planned and stored. ``print`` it, or take ``.to_dict()``."""
+        return Report(
+            schedule=str(self.schedule),
+            cache=str(self.cache),
+            sites=self.sites,
+            skipped=tuple(self._skipped),
+            breaks=tuple(self._breaks),
+            pieces=tuple(len(g.pieces) for g in self._graphs),
+            plan=self.plan,
+            site_bytes=self._generation().site_bytes(),
+            stats=self.stats,
+        )
+
+    def diff(self) -> str:
+        """Every captured graph before and after the guards were put in, as a unified diff."""
+        return "\n".join(
+            graph_diff(graph.captured, graph.guarded, f"graph {i}") for i, graph in enumerate(self._graphs)
+        )
+
+    # -- what the backend calls -------------------------------------------------------------------------------------
+
+    def capture(self, gm: fx.GraphModule) -> CapturedGraph:
+        """Take in a graph from Dynamo: find its sites, guard them, cut it into pieces.
+
+        Raises:
+            CaptureError: the whole model is one graph and has no attention, or the site filter leaves none.
+            PlanError: the plan was made for another number of sites.
+        """
+        found = find_sites(gm)
+        regions: list[Region] = []
+        with self._lock:
+            first = 0 if self._is_whole(gm) else sum(g.num_sites for g in self._graphs)
+            for region in found:
+                site = region.site
+                if not site.reason and not self._wanted(site):
+                    site = replace(site, reason="not selected by `sites`")
+                if site.reason:
+                    self._skipped.append(site)
+                else:
+                    regions.append(replace(region, site=replace(site, index=first + len(regions))))
+            if self._is_whole(gm):
+                if not regions:
+                    raise CaptureError(self._nothing_found(found))
+                self._plan_for(len(regions), None)  # a plan for another number of sites is refused before any compile
+            graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants)
+            if self._is_whole(gm):
+                self._num_sites = len(regions)
+            reason = getattr(gm, "compile_subgraph_reason", None)
+            broke = reason is not None and reason.graph_break
+            if broke:
+                self._breaks.append(GraphBreak.of(reason))
+            self._ends_in_break.append(broke)
+            self._graphs.append(graph)
+        return graph
+
+    def after_break(self, graph: CapturedGraph) -> bool:
+        """True if ``graph`` was captured right after one that ended in a break, so that it belongs to the same call."""
+        index = self._graphs.index(graph)
+        return index > 0 and self._ends_in_break[index - 1]
+
+    def begin_call(self, timestep: object) -> None:
+        """A call of the model begins; ``timestep`` is what it was given (tensor, number or None)."""
+        threads = self._threads
+        generation = self._generation()
+        tick = self._identify(generation, timestep)
+        generation.begin_call(tick)
+        threads.call = _Call(tick, generation)
+        threads.last = generation
+
+    def end_call(self) -> None:
+        """The call has returned: its graphs together are the whole model."""
+        call, self._threads.call = self._threads.call, None
+        if call is None or call.sites == self._num_sites:
+            return
+        if call.sites == 0:
+            raise CaptureError(self._nothing_found([]))
+        self._num_sites = call.sites
+        self._plan_for(call.sites, None)
+
+    def abort_call(self) -> None:
+        """The call raised: what it has stored may be half written, so the generation starts anew."""
+        call, self._threads.call = self._threads.call, None
+        if call is not None:
+            call.generation.free()
+
+    def run(self, graph: CapturedGraph, arguments: Sequence[Any]) -> list[Any]:
+        """Run one captured graph of the current call under this step's decisions."""
+        call = self._threads.call
+        if call is None:  # a graph that runs outside of any call we were told of: nothing is known, so compute
+            call = _Call(Tick(-1, Move.UNKNOWN), self._generation())
+        if not graph.num_sites:
+            return graph.run(arguments, (), None, graph.sizes_of(arguments))
+        generation, tick, first = call.generation, call.tick, call.sites
+        call.sites = first + graph.num_sites
+        if not generation.check_weights(graph, arguments) and tick.step >= 0:
+            tick = Tick(tick.step, Move.START)
+        sizes = graph.sizes_of(arguments)
+        store, empty_reason = generation.store_for(graph, first, sizes)
+        table = self._table(generation, first, graph.num_sites)
+        if table is None:  # the first call of a model in several graphs: how many sites follow is not known yet
+            outcomes = (Outcome.STORE if tick.step >= 0 else Outcome.COMPUTE,) * graph.num_sites
+            store.step = [tick.step] * graph.num_sites if tick.step >= 0 else store.step
+            reasons: tuple[str, ...] = ("warmup",) * graph.num_sites
+        else:
+            outcomes, reasons = table.decide(tick, store, empty_reason)
+            if tick.step >= table.num_steps and not self._warned_steps:
+                self._warned_steps = True
+                warnings.warn(
+                    f"step {tick.step} was reached, but the schedule was planned for {table.num_steps} steps: from here on "
+                    f"every attention computes. Plan for the steps that run: Schedule(...num_steps=...), "
+                    f"generation(num_steps=...), or optimize(..., scheduler=pipe.scheduler).",
+                    stacklevel=2,
+                )
+        generation.log.append((tick.step, generation.branch, first, outcomes, reasons))
+        try:
+            return graph.run(arguments, outcomes, store, sizes)
+        except BaseException:
+            generation.free()
+            raise
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _generation(self) -> Generation:
+        for owner, generation in reversed(_entered.get()):
+            if owner is self:
+                return generation
+        return self._threads.implicit
+
+    def _identify(self, generation: Generation, timestep: object) -> Tick:
+        clock, branch = generation.clock, generation.branch
+        if generation.manual_step is not None:
+            return clock.at_step(generation.manual_step, branch)
+        if self._scheduler is not None:
+            position = self._scheduler.position(timestep)
+            if position is not None:
+                return clock.at_step(position, branch, calendar=self._scheduler.calendar)
+        return clock.at_timestep(read_timestep(timestep), branch)
+
+    def _steps_of(self, generation: Generation) -> int | None:
+        if generation.num_steps is not None:
+            return generation.num_steps
+        return self._scheduler.num_steps if self._scheduler is not None else None
+
+    @property
+    def schedule_sites(self) -> int:
+        """Number of sites to check a schedule with before the model's own number is known."""
+        return self.schedule.num_sites if isinstance(self.schedule, Plan) else 1
+
+    def _plan_for(self, num_sites: int, num_steps: int | None) -> Plan:
+        plan = self._plans.get((num_sites, num_steps))
+        if plan is None:
+            plan = self._plans[num_sites, num_steps] = self.schedule.plan(num_sites, num_steps)
+        return plan
+
+    def _table(self, generation: Generation, first: int, count: int) -> StepTable | None:
+        if self._num_sites is None:
+            return None
+        plan = self._plan_for(self._num_sites, self._steps_of(generation))
+        key = (id(plan), first, count)
+        known = self._tables.get(key)
+        if known is None:
+            if first + count > plan.num_sites:
+                return None
+            known = self._tables[key] = (plan, StepTable(plan, first, count))  # holds the plan, so that its id stays its own
+        return known[1]
+
+    def _wanted(self, site: Site) -> bool:
+        if self._filter is None:
+            return True
+        if callable(self._filter):
+            return bool(self._filter(site))
+        patterns = [self._filter] if isinstance(self._filter, str) else self._filter
+        return any(fnmatchcase(site.path, pattern) for pattern in patterns)
+
+    def _is_whole(self, gm: fx.GraphModule) -> bool:
+        """True if this graph is the model's whole forward: it returns, and no graph broke before it."""
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        return not self._breaks and (reason is None or not reason.graph_break)
+
+    def _graphs_of_a_call(self) -> list[CapturedGraph]:
+        """The graphs that make up the model once (a recapture for another shape shows the same sites again)."""
+        if not self._breaks:
+            return self._graphs[-1:]
+        return self._graphs
+
+    def _nothing_found(self, found: Sequence[Region]) -> str:
+        looked = "torch.nn.functional.scaled_dot_product_attention"
+        if not found:
+            return (
+                f"no attention was found: the captured graph calls {looked} nowhere. Only attentions that go through it "
+                f"can be reused; `dqar-fx explain` shows what a model has."
+            )
+        listed = "; ".join(f"{r.site.path or r.site.exits[:1]}: {r.site.reason or 'not selected'}" for r in found[:5])
+        return f"none of the {len(found)} attentions can be rewritten or was selected by `sites` ({listed})."
+
