@@ -39,9 +39,7 @@ class CacheConfig:
         for name, allowed in (("target", TARGETS), ("dtype", DTYPES), ("granularity", GRANULARITIES)):
             value = getattr(self, name)
             if value not in allowed:
-                raise CacheError(
-                    f"CacheConfig.{name} is {value!r}. Use {' or '.join(repr(a) for a in allowed)}."
-                )
+                raise CacheError(f"CacheConfig.{name} is {value!r}. Use {' or '.join(repr(a) for a in allowed)}.")
 
     @classmethod
     def parse(cls, text: str) -> CacheConfig:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from dqar_fx.graph.sites import Site
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.identity import timestep_argument
 from dqar_fx.runtime.runtime import Runtime
+from dqar_fx.runtime.standin import StandIn
 from dqar_fx.schedule import Schedule
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -66,8 +66,11 @@ def optimize(
         schedule=schedule, cache=cache, scheduler=scheduler, sites=sites, backend=backend, mode=mode, options=options,
         dynamic=dynamic,
     )  # fmt: skip
+    # Dynamo keeps what it compiled per function, and gives up (silently eager) after eight entries: with several models of
+    # one class, or one model optimised several times, each needs entries of its own. torch >= 2.13 can do that.
+    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     compiled = torch.compile(
-        model._call_impl, backend=CaptureBackend(runtime, delimited=True), dynamic=dynamic, fullgraph=fullgraph
+        model._call_impl, backend=CaptureBackend(runtime, delimited=True), dynamic=dynamic, fullgraph=fullgraph, **isolated
     )
     names = [p for p in inspect.signature(model.forward).parameters if p != "self"]
     argument = timestep_argument(names)
@@ -79,7 +82,7 @@ def optimize(
         )
     model._compiled_call_impl = OptimizedCall(runtime, compiled, argument)
     if callable(getattr(type(model), "cache_context", None)):
-        model.cache_context = BranchContext(model, runtime)  # type: ignore[assignment]
+        BranchContext(model, runtime)
     return model
 
 
@@ -89,10 +92,9 @@ def restore(model: Module) -> Module:
     Raises:
         RuntimeStateError: the model is not optimised.
     """
-    runtime(model).reset()
+    runtime(model).release()
     model._compiled_call_impl = None
-    if isinstance(vars(model).get("cache_context"), BranchContext):
-        del model.cache_context
+    BranchContext.remove(model, "cache_context")
     return model
 
 
@@ -142,25 +144,17 @@ class OptimizedCall:
         return result
 
 
-class BranchContext:
-    """Stands in for a diffusers model's ``cache_context``, so that the branches its pipelines name reach the runtime."""
+class BranchContext(StandIn):
+    """A diffusers model's ``cache_context`` that also tells the runtime which branch its pipeline names."""
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
-        self._model = model
+        super().__init__(model, "cache_context")
         self._runtime = runtime
 
     @contextmanager
-    def __call__(self, name: str, **kwargs: Any) -> Any:
-        with type(self._model).cache_context(self._model, name, **kwargs), self._runtime.branch(name):  # type: ignore[operator]
+    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+        with self.__wrapped__(name, **kwargs), self._runtime.branch(name):
             yield
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copy of the model is not optimised: it gets its class's own method.
-        copy = memo.get(id(self._model), self._model)
-        return types.MethodType(type(copy).cache_context, copy)
-
-    def __reduce__(self) -> Any:
-        return types.MethodType, (type(self._model).cache_context, self._model)
 
 
 def _check_model(model: Any) -> None:

@@ -32,8 +32,8 @@ def scale_shape(shape: tuple[int, ...], granularity: str, num_heads: int | None 
         return (shape[0], shape[1], 1, 1)
     if num_heads is None or shape[-1] % num_heads:
         raise CacheError(
-            f"granularity='head' needs [B, H, N, d], or num_heads dividing the last dimension; got shape {tuple(shape)} "
-            f"and num_heads={num_heads}. Pass num_heads, or use granularity='token'."
+            f"granularity='head' needs [B, H, N, d], or num_heads dividing the last dimension; got shape "
+            f"{tuple(shape)} and num_heads={num_heads}. Pass num_heads, or use granularity='token'."
         )
     return (shape[0],) + (1,) * (len(shape) - 2) + (num_heads,)
 
@@ -60,7 +60,8 @@ def quantize(x: Tensor, granularity: str = "token", *, num_heads: int | None = N
     if not x.is_floating_point():
         raise CacheError(f"cannot quantise a tensor of dtype {x.dtype}: floating point is needed.")
     scale_shape(tuple(x.shape), granularity, num_heads)  # refuses what has no meaning
-    return quantize_over(x, reduced_dims(x.ndim, granularity), num_heads if granularity == "head" else None)
+    num_heads = num_heads if granularity == "head" else None
+    return quantize_over(x, reduced_dims(x.ndim, granularity, num_heads), num_heads)
 
 
 def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,8 +73,13 @@ def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> 
     return dequantize_from(q, scale, dtype, scale.shape[-1] if per_head else None)
 
 
-def reduced_dims(ndim: int, granularity: str) -> tuple[int, ...]:
-    """The dimensions that share one scale, for a tensor of ``ndim`` dimensions whose heads (if any) are dimension 1."""
+def reduced_dims(ndim: int, granularity: str, num_heads: int | None = None) -> tuple[int, ...]:
+    """The dimensions that share one scale, for a tensor of ``ndim`` dimensions whose heads (if any) are dimension 1.
+
+    With ``num_heads``: of the tensor whose last dimension has been split into heads and channels.
+    """
+    if granularity == "head" and num_heads is not None:
+        return (*range(1, ndim - 1), ndim)
     return {
         "token": (ndim - 1,),
         "tensor": tuple(range(1, ndim)),
@@ -83,14 +89,14 @@ def reduced_dims(ndim: int, granularity: str) -> tuple[int, ...]:
 
 
 def quantize_over(x: Tensor, dims: tuple[int, ...], num_heads: int | None = None) -> tuple[Tensor, Tensor]:
-    """``quantize`` with the question of the layout settled: no branch on data or shape, so that it traces as it stands."""
+    """``quantize`` with the question of the layout settled: no branch on data or shape, so that it can be traced."""
     # float32 throughout: in float16 the division by 127 would underflow to a zero scale for small inputs.
     values = x.float()
     if num_heads is None:
         scale = _scale(values, dims)
         return _round(values, scale), scale
-    split = values.unflatten(-1, (num_heads, -1))
-    scale = _scale(split, (*range(1, x.ndim - 1), x.ndim))
+    split: Tensor = values.unflatten(-1, (num_heads, -1))  # type: ignore[no-untyped-call]  # torch's own
+    scale = _scale(split, dims)
     return _round(split, scale).flatten(-2), scale.squeeze(-1)
 
 
@@ -98,7 +104,8 @@ def dequantize_from(q: Tensor, scale: Tensor, dtype: torch.dtype, num_heads: int
     """``dequantize`` with the question of the layout settled."""
     if num_heads is None:
         return (q.float() * scale).to(dtype)
-    return (q.float().unflatten(-1, (num_heads, -1)) * scale.unsqueeze(-1)).flatten(-2).to(dtype)
+    split: Tensor = q.float().unflatten(-1, (num_heads, -1))  # type: ignore[no-untyped-call]  # torch's own
+    return (split * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def _scale(values: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -182,7 +182,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 save()
     save()
     return {
-        "dataset": "scikit-learn load_digits (UCI Optical Recognition of Handwritten Digits), 1797 images of 8 x 8",
+        "dataset": "scikit-learn load_digits: 1797 images of 8 x 8, the test set of UCI's Optical Recognition of "
+        "Handwritten Digits (Alpaydin & Kaynak 1998), https://archive.ics.uci.edu/dataset/80",
         "steps": step,
         "batch": args.batch,
         "learning_rate": args.lr,

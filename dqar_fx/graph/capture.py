@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from dataclasses import dataclass
 
 import torch
 from torch import fx
+
+from dqar_fx.graph.effects import target_name
 
 _PATH_NOISE = re.compile(r"\.__dict__\['_modules'\]\['([^']*)'\]|\._modules\['([^']*)'\]|\['([^']*)'\]|\[(\d+)\]")
 _ROOT = re.compile(r"^L\['[^']*'\]")
@@ -48,7 +51,8 @@ def module_stack(node: fx.Node) -> tuple[ModuleCall, ...]:
     for key, (raw, kind) in stack.items():
         path = clean_path(raw)
         if path:
-            calls.append(ModuleCall(str(key), path, kind if isinstance(kind, str) else kind.__name__))
+            # Dynamo numbers the calls of a module under each of its names: a module shared by two parents has two.
+            calls.append(ModuleCall(f"{key} {path}", path, kind if isinstance(kind, str) else kind.__name__))
     return tuple(calls)
 
 
@@ -61,7 +65,7 @@ def source_name(placeholder: fx.Node) -> str:
 
 
 def is_parameter(placeholder: fx.Node) -> bool:
-    """True for an input that is state of the module (parameter, buffer, tensor attribute), not an argument of the call."""
+    """True for an input that is state of the module (parameter, buffer, attribute), not an argument of the call."""
     if placeholder.op == "get_attr":
         return True
     if placeholder.op != "placeholder":
@@ -80,34 +84,30 @@ def lift_constants(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.Tenso
     out = fork(gm)
     constants: list[torch.Tensor] = []
     names: dict[str, fx.Node] = {}
-    last = None
-    for node in out.graph.nodes:
-        if node.op != "placeholder":
-            break
-        last = node
+    first = next(n for n in out.graph.nodes if n.op != "placeholder")
     for node in list(out.graph.nodes):
         if node.op != "get_attr":
             continue
-        value = _attribute(gm, str(node.target))
+        value = attribute(gm, str(node.target))
         if not isinstance(value, torch.Tensor):
             continue  # a submodule (a higher-order operator's body): it stays an attribute
         if node.target not in names:
-            with out.graph.inserting_after(last) if last is not None else out.graph.inserting_before(next(iter(out.graph.nodes))):
+            with out.graph.inserting_before(first):
                 lifted = out.graph.placeholder(f"constant_{len(constants)}")
             lifted.meta = {**node.meta, "dqar_constant": True}
-            names[str(node.target)] = last = lifted
+            names[str(node.target)] = lifted
             constants.append(value)
         node.replace_all_uses_with(names[str(node.target)])
+        if node is first:
+            first = node.next
         out.graph.erase_node(node)
     out.recompile()
     return out, constants
 
 
-def _attribute(module: torch.nn.Module, target: str) -> object:
-    value: object = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
+def attribute(module: torch.nn.Module, target: str) -> object:
+    """What a ``get_attr`` node stands for."""
+    return functools.reduce(getattr, target.split("."), module)
 
 
 def readable(gm: fx.GraphModule) -> str:
@@ -119,10 +119,11 @@ def readable(gm: fx.GraphModule) -> str:
         elif node.op == "output":
             lines.append(f"return {_text(node.args[0])}")
         else:
-            target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            target = target_name(node)
             arguments = [_text(a) for a in node.args] + [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
-            call = f"{arguments[0]}.{target}({', '.join(arguments[1:])})" if node.op == "call_method" else f"{target}({', '.join(arguments)})"
-            lines.append(f"{node.name} = {call}")
+            if node.op == "call_method":
+                target = f"{arguments.pop(0)}.{target}"
+            lines.append(f"{node.name} = {target}({', '.join(arguments)})")
     return "\n".join(lines)
 
 

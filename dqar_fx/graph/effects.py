@@ -31,9 +31,18 @@ _INPLACE_OPERATORS = frozenset(
         operator.setitem,
     }
 )
+_INPLACE_METHODS = frozenset({"set_data", *(f"__{f.__name__}__" for f in _INPLACE_OPERATORS)})
 
-#: Functions that change the thread's mode. What stands between an opening and its closing one must stay together.
-_MODE_CHANGES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+#: Activations of torch.nn.functional that take ``inplace`` as their last positional argument.
+_INPLACE_ACTIVATIONS = frozenset(
+    {"relu", "relu6", "silu", "hardtanh", "hardswish", "elu", "selu", "celu", "mish", "leaky_relu", "dropout"}
+)
+
+#: Functions that change the thread's mode, and those that change it back.
+_OPENINGS = ("_enter_autocast", "_enter_inference_mode", "_vmap_increment_nesting")
+_CLOSINGS = ("_exit_autocast", "_exit_inference_mode", "_vmap_decrement_nesting")
+#: Functions that set the mode to what they are given: the same function changes it and changes it back.
+_SETTERS = ("_set_grad_enabled", "_sdpa_kernel")
 
 
 def tensors_of(value: object) -> Iterator[torch.Tensor]:
@@ -49,64 +58,115 @@ def tensors_of(value: object) -> Iterator[torch.Tensor]:
 
 def storages(node: fx.Node) -> frozenset[int]:
     """Identities of the storages that the value of ``node`` lives in; empty for what is no tensor."""
-    found = set()
-    for tensor in tensors_of(node.meta.get("example_value")):
-        try:
-            found.add(int(StorageWeakRef(tensor.untyped_storage()).cdata))
-        except (NotImplementedError, RuntimeError):  # sparse and some subclasses have no storage
-            found.add(id(node))
-    return frozenset(found)
+    return frozenset(storage_list(node))
+
+
+def storage_list(node: fx.Node) -> list[int]:
+    """``storages`` in the order of the tensors of the value."""
+    return [_storage(t, node) for t in tensors_of(node.meta.get("example_value"))]
+
+
+def _storage(tensor: torch.Tensor, node: fx.Node) -> int:
+    try:
+        return int(StorageWeakRef(tensor.untyped_storage()).cdata)  # type: ignore[no-untyped-call]  # torch's own
+    except (NotImplementedError, RuntimeError):  # sparse tensors and some subclasses have none
+        return id(node)
 
 
 def target_name(node: fx.Node) -> str:
+    """What ``node`` calls, without the module: ``add``, ``copy_``, ``scaled_dot_product_attention``."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def written(node: fx.Node) -> list[fx.Node]:
     """The arguments of ``node`` that it writes in place (empty for a pure node)."""
-    found: list[fx.Node] = []
     if node.op not in ("call_function", "call_method"):
-        return found
-    out = node.kwargs.get("out")
-    if out is not None:
-        found += [n for n in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(n, fx.Node)]
-    first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
+        return []
+    targets: list[object] = [node.kwargs.get("out")]
+    schemas = _schemas(node.target)
+    for schema in schemas:
         for position, argument in enumerate(schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-                found += [n for n in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(n, fx.Node)]
-    elif isinstance(first, fx.Node) and _writes_first_argument(node):
-        found.append(first)
-    return found
+                given = not argument.kwarg_only and position < len(node.args)
+                targets.append(node.args[position] if given else node.kwargs.get(argument.name))
+    if target_name(node) == "triton_kernel_wrapper_mutation":
+        targets.append(node.kwargs.get("kwargs"))  # a kernel of the user's: it may write into whatever it is given
+    elif not schemas and _writes_first_argument(node):
+        targets.append(node.args[0] if node.args else dict(node.kwargs))
+    return list(dict.fromkeys(_nodes(targets)))
+
+
+def _nodes(argument: object) -> Iterator[fx.Node]:
+    """Every node in a (nested) argument."""
+    if isinstance(argument, fx.Node):
+        yield argument
+    elif isinstance(argument, (tuple, list)):
+        for item in argument:
+            yield from _nodes(item)
+    elif isinstance(argument, dict):
+        yield from _nodes(list(argument.values()))
+
+
+def writers(nodes: Iterable[fx.Node], touched: frozenset[int]) -> list[fx.Node]:
+    """Those of ``nodes`` that write into one of the storages ``touched``."""
+    return [node for node in nodes if any(storages(target) & touched for target in written(node))]
+
+
+def _schemas(target: object) -> list[torch.FunctionSchema]:
+    """The schemas of an operator from the dispatcher: of all its overloads, where the graph does not say which one."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name)._schema for name in target.overloads()]  # type: ignore[no-untyped-call]
+    return [target._schema] if isinstance(target, torch._ops.OpOverload) else []
 
 
 def _writes_first_argument(node: fx.Node) -> bool:
-    if node.target in _INPLACE_OPERATORS:
-        return True
     name = target_name(node)
-    if name.endswith("_") and not name.endswith("__"):
+    if node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")):
         return True
-    if node.op == "call_method" and name in ("__setitem__", "set_data"):
-        return True
-    if node.kwargs.get("inplace") is True:
-        return True
-    # torch.nn.functional activations take `inplace` as their last positional argument.
-    module = getattr(node.target, "__module__", None) or ""
-    return (
-        node.op == "call_function"
-        and module.startswith("torch.nn.functional")
-        and name not in ("embedding", "embedding_bag", "interpolate", "pad")
-        and len(node.args) > 1
-        and node.args[-1] is True
-        and name in ("relu", "relu6", "silu", "hardtanh", "hardswish", "elu", "selu", "celu", "mish", "leaky_relu", "dropout")
-    )
+    if node.op == "call_method":
+        return name in _INPLACE_METHODS
+    last_is_inplace = name in _INPLACE_ACTIVATIONS and len(node.args) > 1 and node.args[-1] is True
+    return last_is_inplace or node.kwargs.get("inplace") is True
 
 
 def changes_mode(node: fx.Node) -> bool:
     """True for a node that opens or closes autocast, inference mode or the like."""
-    return node.op == "call_function" and target_name(node) in _MODE_CHANGES
+    return node.op == "call_function" and target_name(node) in (*_OPENINGS, *_CLOSINGS, *_SETTERS)
+
+
+def mode_spans(nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, fx.Node | None]]:
+    """From where to where the thread's mode differs; None where it is never changed back.
+
+    A setter ends a span when it sets what the last one of its kind sets: the mode outside of all spans.
+    """
+    spans: list[tuple[fx.Node, fx.Node | None]] = []
+    opened: list[fx.Node] = []
+    setters: dict[str, list[fx.Node]] = {}
+    for node in filter(changes_mode, nodes):
+        name = target_name(node)
+        if name in _OPENINGS:
+            opened.append(node)
+        elif name in _SETTERS:
+            setters.setdefault(name, []).append(node)
+        elif opened:
+            spans.append((opened.pop(), node))
+    spans += [(node, None) for node in opened]
+    for changes in setters.values():
+        start = None
+        for node in changes:
+            if start is None:
+                start = node
+            elif _setting(node) == _setting(changes[-1]):
+                spans.append((start, node))
+                start = None
+        if start is not None:
+            spans.append((start, None))
+    return spans
+
+
+def _setting(node: fx.Node) -> object:
+    """What a setter sets. ``_sdpa_kernel`` is given backends that other calls (``_backend_from_string``) have named."""
+    return [n.args for n in _nodes(node.args)] or node.args
 
 
 def must_keep(node: fx.Node) -> bool:
@@ -125,7 +185,7 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
     after the last read is kept), never wrong.
     """
     nodes = list(graph.nodes)
-    writers = [(node, frozenset().union(*(storages(w) for w in written(node)))) for node in nodes if written(node)]
+    writing = {node: frozenset().union(*map(storages, written(node))) for node in nodes if written(node)}
     live: set[fx.Node] = set()
     live_storages: set[int] = set()
     pending = [node for node in nodes if must_keep(node)]
@@ -139,8 +199,11 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
             pending.extend(node.all_input_nodes)
         pending = [
             node
-            for node, touched in writers
-            if node not in live and (touched & live_storages or any(w.op == "placeholder" for w in written(node)))
+            for node, touched in writing.items()
+            if node not in live
+            and (
+                touched & live_storages or any(w in live or w.op in ("placeholder", "get_attr") for w in written(node))
+            )
         ]
     return live
 
@@ -152,7 +215,7 @@ def eliminate_dead_code(gm: fx.GraphModule) -> fx.GraphModule:
     After::   y = x + stored
 
     Unlike ``Graph.eliminate_dead_code`` this keeps an in-place write whose result nobody uses, when what it writes into
-    is live or came from outside (placeholders are always live).
+    is live or came from outside (placeholders and attributes).
     """
     live = live_nodes(gm.graph)
     for node in reversed(list(gm.graph.nodes)):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import fx
 
 from dqar_fx.graph.capture import fork, readable
+from dqar_fx.graph.effects import storages, writers
 from dqar_fx.graph.sites import Region
 
 
-def reuse_or_compute(site: int, *exits: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The guard. As a function it computes: it hands on the fresh ``exits``; ``specialise`` puts in the other outcomes."""
+def reuse_or_compute(site: int, *exits: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: ARG001  # for the reader
+    """The guard. As a function it computes: it hands on the fresh ``exits``. ``specialise`` puts in other outcomes."""
     return exits
 
 
@@ -37,7 +39,9 @@ def guard_sites(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule
         if any(user.target is reuse_or_compute for node in exits for user in node.users):
             continue
         inside = {nodes[name] for name in region.inside}
-        with out.graph.inserting_after(max(exits, key=position.__getitem__)):
+        # An attention may still write into what it hands out (`a = proj(x); a.add_(bias)`): wait for that.
+        memory = frozenset().union(*map(storages, exits))
+        with out.graph.inserting_after(max((*exits, *writers(inside, memory)), key=position.__getitem__)):
             guard = out.graph.call_function(reuse_or_compute, (site, *exits))
         guard.meta = {k: v for k, v in exits[-1].meta.items() if k != "example_value"}
         guard.meta["example_value"] = tuple(n.meta.get("example_value") for n in exits)
@@ -46,7 +50,8 @@ def guard_sites(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule
             with out.graph.inserting_after(after):
                 item = out.graph.call_function(operator.getitem, (guard, index))
             item.meta = dict(node.meta)
-            node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside and user is not guard)
+            for user in [u for u in node.users if u not in inside and u is not guard]:
+                user.replace_input_with(node, item)
             after = item
     out.graph.lint()
     out.recompile()
@@ -58,9 +63,12 @@ def guard_nodes(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if node.target is reuse_or_compute]
 
 
+def guard_number(guard: fx.Node) -> int:
+    """The number of a guard: its site's in a whole graph, counted from 0 in a piece."""
+    return cast(int, guard.args[0])
+
+
 def graph_diff(before: fx.GraphModule, after: fx.GraphModule, name: str = "graph") -> str:
     """The two graphs as a unified diff, one node a line."""
-    lines = difflib.unified_diff(
-        readable(before).splitlines(), readable(after).splitlines(), f"{name}: captured", f"{name}: guarded", lineterm="", n=2
-    )
-    return "\n".join(lines)
+    texts = readable(before).splitlines(), readable(after).splitlines()
+    return "\n".join(difflib.unified_diff(*texts, f"{name}: captured", f"{name}: guarded", lineterm="", n=2))

@@ -1,11 +1,12 @@
 """Compile specialised pieces, each once, on first need, with any Dynamo backend.
 
-Pieces are compiled when they first run, outside of Dynamo's tracing context: inside the backend call, Inductor would trip
-over Dynamo's shape environment, and most (piece, outcome) pairs of a schedule are never needed by most steps.
+Pieces are compiled when they first run, outside of Dynamo's tracing context: inside the backend call, Inductor would
+trip over Dynamo's shape environment, and most (piece, outcome) pairs of a schedule are never needed by most steps.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 import time
@@ -20,6 +21,8 @@ from dqar_fx.graph.specialise import Variant
 
 logger = logging.getLogger(__name__)
 
+_NO_ASSERTS = {"size_asserts": False, "alignment_asserts": False}
+
 #: Takes a list of arguments, which it may empty, and returns the outputs.
 BoxedCallable = Callable[[list[Any]], Sequence[Any]]
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
@@ -31,23 +34,36 @@ def resolve_backend(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
 ) -> Backend:
-    """The callable that ``torch.compile`` would use for the same four arguments."""
+    """The callable that ``torch.compile`` would use for the same four arguments.
+
+    Inductor's checks of every argument's size at every call are off (``options`` can turn them on again): Dynamo's guards
+    hold the inputs of the model, the program fixed all others when it first ran, and with a piece per block these checks
+    would be a tenth of the host time of a small model.
+    """
     if backend == "inductor":
-        return torch._TorchCompileInductorWrapper(mode, dict(options) if options else None, dynamic)  # type: ignore[no-untyped-call]
+        settings = {**_NO_ASSERTS, **(options or {})}
+        return torch._TorchCompileInductorWrapper(mode, settings, dynamic)  # type: ignore[no-untyped-call]
     return torch._TorchCompileWrapper(backend, mode, dict(options) if options else None, dynamic)  # type: ignore[no-untyped-call]
 
 
 def signature(arguments: Sequence[Any]) -> Hashable:
-    """What a compiled piece may rely on: type, shape, strides, dtype and device of tensors, the value of the rest."""
-    described: list[Hashable] = [torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")]
+    """What a compiled piece may rely on: all about its tensors but their values, the value of the rest, the modes."""
+    described: list[Hashable] = [torch.is_inference_mode_enabled()]
+    devices = set()
     for value in arguments:
         if isinstance(value, torch.Tensor):
-            described.append(
-                (type(value), value.shape, value.stride(), value.dtype, value.device, value.requires_grad, value.is_inference())
-            )
+            devices.add(value.device.type)
+            layout = (type(value), value.shape, value.stride(), value.dtype, value.device)
+            described.append((*layout, value.requires_grad, value.is_inference()))
         else:
             described.append((type(value), value))
+    # Under autocast the same graph is other kernels.
+    described += [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if _autocast(d)]
     return tuple(described)
+
+
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class Lowerer:
@@ -91,7 +107,10 @@ class Lowerer:
             node.meta.pop("example_value", None)
             node.meta.pop("grapharg", None)
         tensors = [a for i, a in enumerate(arguments) if i not in numbers]
-        compiled = boxed(self._backend(gm, tensors))
+        function = self._backend(gm, tensors)
+        # With parameters of its own (a higher-order operator's body) only the outer function knows to pass them.
+        own = any(True for _ in gm.parameters()) or any(True for _ in gm.buffers())
+        compiled: BoxedCallable = (lambda given: function(*given)) if own else boxed(function)
         self.seconds += time.perf_counter() - started
         logger.info("compiled a piece of %d nodes in %.2f s", len(gm.graph.nodes), time.perf_counter() - started)
         if not numbers:
@@ -108,29 +127,29 @@ class Lowerer:
 def _bake_numbers(gm: fx.GraphModule, arguments: Sequence[Any]) -> frozenset[int]:
     """Write arguments that are plain numbers (sizes) into the graph: a piece is compiled for given sizes anyway."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    numbers = frozenset(i for i, a in enumerate(arguments) if not isinstance(a, torch.Tensor))
-    for i in numbers:
-        node, value = placeholders[i], arguments[i]
-        for user in list(node.users):
-            user.args = fx.map_arg(user.args, lambda n, node=node, value=value: value if n is node else n)
-            user.kwargs = fx.map_arg(user.kwargs, lambda n, node=node, value=value: value if n is node else n)
+    numbers = {placeholders[i]: (i, a) for i, a in enumerate(arguments) if not isinstance(a, torch.Tensor)}
+
+    def value(node: fx.Node) -> Any:
+        return numbers[node][1] if node in numbers else node
+
+    for node in gm.graph.nodes:
+        node.args, node.kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    for node in numbers:
         gm.graph.erase_node(node)
     gm.recompile()
-    return numbers
+    return frozenset(i for i, _ in numbers.values())
 
 
 def boxed(function: Callable[..., Any]) -> BoxedCallable:
-    """``function`` as a callable of one list of arguments.
+    """``function(*arguments)`` as a callable of one list of arguments.
 
-    AOTAutograd's function takes a list that it empties, so that arguments are freed as soon as they are not needed; what
-    it returns wraps that in one of ``*args``, which keeps every argument alive until the end. Take the inner one where
-    there is one.
+    What AOTAutograd compiles takes a list that it empties, so that an argument is freed as soon as it is not needed;
+    what it hands out wraps that in a function of ``*args``, which keeps every argument alive until the end (and costs
+    twice the host time). Take the inner one where there is one; functions that take ``*args`` are told by their code.
     """
-    inner = getattr(function, "__wrapped__", None)
-    if getattr(inner, "_boxed_call", False):
-        return inner  # type: ignore[no-any-return]
-    if getattr(function, "_boxed_call", False):
-        return function
+    inner: Any = function
+    while inspect.isfunction(inner) and inner.__code__.co_flags & inspect.CO_VARARGS:
+        inner = inner.__dict__.get("__wrapped__")
+    if inspect.isfunction(inner) and inner.__code__.co_argcount == 1 and getattr(inner, "_boxed_call", False):
+        return inner
     return lambda arguments: function(*arguments)
-
-

@@ -6,15 +6,16 @@ another compilation of the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from dqar_fx.graph.capture import module_stack
-from dqar_fx.graph.effects import changes_mode, storages, target_name, written
-from dqar_fx.graph.guard import guard_nodes, reuse_or_compute
+from dqar_fx.graph.capture import attribute, module_stack
+from dqar_fx.graph.cuts import sink
+from dqar_fx.graph.effects import changes_mode, mode_spans, storage_list, storages, written
+from dqar_fx.graph.guard import guard_nodes, guard_number, reuse_or_compute
 from dqar_fx.graph.sites import Region
 
 
@@ -39,7 +40,7 @@ class Piece:
     label: str
 
 
-def partition(gm: fx.GraphModule, regions: Sequence[Region]) -> list[Piece]:
+def partition(gm: fx.GraphModule, regions: Sequence[Region], *, fuse: bool = False) -> list[Piece]:
     """Split the guarded graph into pieces that run one after the other; ``gm`` is left as it was.
 
     Before::  y = x; for block in blocks: y = block(y, c);  return norm(y)
@@ -47,12 +48,14 @@ def partition(gm: fx.GraphModule, regions: Sequence[Region]) -> list[Piece]:
 
     Sound because a cut never reorders anything: each piece is a run of consecutive nodes. A value that is written in
     place stays in one piece with all that share its storage, and so does whatever stands between a change of mode
-    (autocast) and its end.
+    (autocast) and its end. With ``fuse`` the elementwise tail of a piece moves into the next one (see ``sink``).
     """
     nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
     labels = _labels(nodes, regions)
     runs = _runs(nodes, labels)
     runs = _merge(runs, nodes)
+    if fuse:
+        runs = sink(runs)
     result = next(n for n in gm.graph.nodes if n.op == "output")
     returned = set(result.all_input_nodes)
     pieces = []
@@ -75,13 +78,23 @@ def _labels(nodes: list[fx.Node], regions: Sequence[Region]) -> dict[fx.Node, st
         around = [p for p in elements if region.site.path.startswith(p + ".")] if region.site.owner else elements
         if around or elements:
             blocks.add((around or elements)[-1])
-    return {
+    labels = {
         node: next((call.path for call in reversed(module_stack(node)) if call.path in blocks), "") for node in nodes
     }
+    # Dynamo notes no module on a change of mode: what opens one belongs to what follows and what closes it to what
+    # comes before, or it would tie two blocks together.
+    spans = mode_spans(nodes)
+    for changes, run in (({start for start, _ in spans}, nodes[::-1]), ({end for _, end in spans if end}, nodes)):
+        beside = ""
+        for node in run:
+            if node in changes or (not changes_mode(node) and not changes.isdisjoint(node.users)):
+                labels[node] = beside
+            beside = labels[node]
+    return labels
 
 
 def _runs(nodes: list[fx.Node], labels: dict[fx.Node, str]) -> list[tuple[str, list[fx.Node]]]:
-    """Consecutive nodes of one block. What stands between two blocks joins the first; the rest at the end is its own."""
+    """Consecutive nodes of one block. What stands between two blocks joins the first; the end is a run of its own."""
     runs: list[tuple[str, list[fx.Node]]] = []
     with_guard = max((i for i, n in enumerate(nodes) if n.target is reuse_or_compute), default=-1)
     last_block = labels[nodes[with_guard]] if with_guard >= 0 else ""
@@ -103,19 +116,12 @@ def _runs(nodes: list[fx.Node], labels: dict[fx.Node, str]) -> list[tuple[str, l
 def _merge(runs: list[tuple[str, list[fx.Node]]], nodes: list[fx.Node]) -> list[tuple[str, list[fx.Node]]]:
     """Join runs over which storage that is written in place, a change of mode, or a value that is no tensor extends."""
     index = {node: i for i, (_, run) in enumerate(runs) for node in run}
-    spans: list[tuple[int, int]] = []
-    opened: list[int] = []
+    spans = [(index[start], index[end] if end else len(runs) - 1) for start, end in mode_spans(nodes)]
+    stored = {node: storages(node) for node in nodes}
     for node in nodes:
-        if changes_mode(node):
-            if "exit" in target_name(node) and opened:
-                spans.append((opened.pop(), index[node]))
-            elif "enter" in target_name(node):
-                opened.append(index[node])
-            else:  # set_grad_enabled: there is no telling where it ends
-                spans.append((index[node], len(runs) - 1))
         for target in written(node):
-            touched = storages(target) or frozenset({id(target)})
-            family = [n for n in nodes if storages(n) & touched or n is target]
+            touched = stored[target] if target in stored else storages(target)
+            family = [n for n in nodes if stored[n] & touched or n is target]
             readers = [u for n in family for u in n.users if u in index]
             around = [index[n] for n in (*family, *readers, node)]
             spans.append((min(around), max(around)))
@@ -159,45 +165,43 @@ def _piece(whole: fx.GraphModule, label: str, run: list[fx.Node], outputs: list[
         copy.meta = dict(node.meta)
         if node.target is reuse_or_compute:
             copy.args = (len(sites), *copy.args[1:])
-            sites.append(int(node.args[0]))  # type: ignore[call-overload]  # ours: always an int
+            sites.append(guard_number(node))
     graph.output(tuple(mapping[n] for n in outputs))
     gm = fx.GraphModule(whole, graph)
-    return Piece(
-        gm, structure(gm), tuple(n.name for n in inputs), tuple(n.name for n in outputs), tuple(sites), label
-    )
+    return Piece(gm, structure(gm), tuple(n.name for n in inputs), tuple(n.name for n in outputs), tuple(sites), label)
 
 
 def structure(gm: fx.GraphModule) -> Hashable:
-    """A hashable picture of the graph: operators, constants and wiring, without names or metadata."""
+    """A hashable picture of the graph: operators, constants, wiring and shared memory, without names and shapes."""
     number = {node: i for i, node in enumerate(gm.graph.nodes)}
 
-    def freeze(value: object) -> Hashable:
-        if isinstance(value, fx.Node):
-            return ("node", number[value])
-        if isinstance(value, (tuple, list)):
-            return (type(value).__name__, *(freeze(v) for v in value))
-        if isinstance(value, dict):
-            return ("dict", *((k, freeze(v)) for k, v in value.items()))
-        if isinstance(value, slice):
-            return ("slice", freeze(value.start), freeze(value.stop), freeze(value.step))
-        # 1, 1.0 and True are equal and hash alike, but are not the same argument; -0.0 and 0.0 differ too.
-        return (type(value).__name__, repr(value) if isinstance(value, float) else _hashable(value))
-
+    # What shares memory does not follow from the operators: `contiguous` and `reshape` copy only if strides ask for it.
+    # Which of the inputs it is makes no difference: a write into any of them is kept.
+    given = {s for n in gm.graph.nodes if n.op == "placeholder" for s in storages(n)}
+    made: dict[int, int] = {}
     lines: list[Hashable] = []
     for node in gm.graph.nodes:
+        target: Hashable = node.target if node.op in ("call_function", "call_method") else ""
         if node.op == "get_attr":
-            target: Hashable = ("attribute", id(_attribute(gm, str(node.target))))
-        else:
-            target = node.target if node.op in ("call_function", "call_method") else ""
-        lines.append((node.op, target, freeze(node.args if node.op != "placeholder" else ()), freeze(dict(node.kwargs))))
+            target = ("attribute", id(attribute(gm, str(node.target))))
+        arguments = freeze(node.args, number) if node.op != "placeholder" else ()
+        memory = tuple(-1 if s in given else made.setdefault(s, len(made)) for s in storage_list(node))
+        lines.append((node.op, target, arguments, freeze(node.kwargs, number), memory))
     return tuple(lines)
 
 
-def _attribute(module: torch.nn.Module, target: str) -> object:
-    value: object = module
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
+def freeze(value: object, number: Mapping[fx.Node, int]) -> Hashable:
+    """An argument as something hashable; equal for equal arguments, nodes standing for their ``number``."""
+    if isinstance(value, fx.Node):
+        return ("node", number[value])
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, *(freeze(v, number) for v in value))
+    if isinstance(value, dict):
+        return ("dict", *((k, freeze(v, number)) for k, v in value.items()))
+    if isinstance(value, slice):
+        return ("slice", *(freeze(v, number) for v in (value.start, value.stop, value.step)))
+    # 1, 1.0 and True are equal and hash alike, but are not the same argument; -0.0 and 0.0 differ too.
+    return (type(value).__name__, repr(value) if isinstance(value, float) else _hashable(value))
 
 
 def _hashable(value: object) -> Hashable:
@@ -205,7 +209,7 @@ def _hashable(value: object) -> Hashable:
         hash(value)
     except TypeError:
         return ("unhashable", id(value))
-    return value  # type: ignore[return-value]  # just shown to be hashable
+    return value
 
 
 def count_guards(pieces: Sequence[Piece]) -> int:

@@ -16,6 +16,7 @@ model by name; three questions about the graph decide:
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,16 +25,21 @@ import torch
 from torch import fx
 
 from dqar_fx.graph.capture import ModuleCall, is_parameter, module_stack
-from dqar_fx.graph.effects import closure_forward, storages, target_name, written
+from dqar_fx.graph.effects import closure_forward, storages, target_name, writers, written
 
 ATTENTION = torch._C._nn.scaled_dot_product_attention
 _ATTENTION_OPS = ("scaled_dot_product_attention",)
 _NAMED = ("attention", "attn")
 #: Operations through which a tensor stays "the same value" when we look for a residual connection.
 _SAME_VALUE = frozenset(
-    "to type_as float half bfloat16 double contiguous clone view reshape flatten unflatten squeeze unsqueeze permute "
-    "transpose dropout alias expand".split()
+    {"to", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "view", "reshape", "flatten"}
+    | {"unflatten", "squeeze", "unsqueeze", "permute", "transpose", "dropout", "alias", "expand"}
 )
+#: Operations that add, and how many of their first arguments are the summands (the others are factors).
+_SUMMANDS = {
+    **dict.fromkeys(("add", "add_", "iadd", "__add__", "__iadd__", "sub", "sub_", "isub", "lerp", "lerp_"), 2),
+    **dict.fromkeys(("addcmul", "addcmul_", "addmm", "addmm_", "baddbmm", "baddbmm_"), 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,29 +95,47 @@ def find_sites(gm: fx.GraphModule) -> list[Region]:
     for node, stack in stacks.items():
         for call in stack:
             calls.setdefault(call.key, set()).add(node)
+    attentions = [n for n in nodes if is_attention(n)]
+    owners = {node: _owner(node, stacks[node], calls, parameters) for node in attentions}
     regions: list[Region] = []
     seen: set[fx.Node] = set()
-    for node in nodes:
-        if not is_attention(node) or node in seen:
+    for node in attentions:
+        if node in seen:
             continue
-        owner, inside = _owner(node, stacks[node], calls, parameters)
-        attentions = [n for n in nodes if n in inside and is_attention(n)] if owner else [node]
-        seen.update(attentions)
+        # Where the owner of one attention holds another one too, both are one site: regions never nest.
+        around = [(owner, inside) for owner, inside in owners.values() if owner and node in inside]
+        owner, inside = max(around, key=lambda o: len(o[1]), default=owners[node])
+        mine = [n for n in attentions if n in inside] if owner else [node]
+        seen.update(mine)
         path = owner.path if owner else next((call.path for call in reversed(stacks[node])), "")
-        regions.append(_region(owner, path, inside, attentions, order))
+        regions.append(_region(owner, path, inside, mine, order))
     return regions
 
 
 def _parameter_only(nodes: list[fx.Node]) -> set[fx.Node]:
     """Nodes whose value depends on nothing but parameters and constants of the module."""
+    # A tensor that is made from nothing and written into later (`torch.empty(...).copy_(x)`) is no constant.
+    rewritten = frozenset().union(*(storages(target) for node in nodes for target in written(node)))
     fixed: set[fx.Node] = set()
     for node in nodes:
+        if storages(node) & rewritten:
+            continue
         if node.op == "placeholder":
-            if is_parameter(node) or not storages(node):  # a size is no activation
+            if is_parameter(node) or _is_size(node):
                 fixed.add(node)
-        elif node.op == "get_attr" or (node.op != "output" and all(a in fixed for a in node.all_input_nodes)):
+        elif (
+            node.op == "get_attr"
+            or _is_size(node)
+            or (node.op != "output" and all(a in fixed for a in node.all_input_nodes))
+        ):
             fixed.add(node)
     return fixed
+
+
+def _is_size(node: fx.Node) -> bool:
+    """True for a number or a shape: no activation, whatever it was read off."""
+    value = node.meta.get("example_value")
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.Size))
 
 
 def _owner(
@@ -121,36 +145,43 @@ def _owner(
     for call in reversed(stack):
         inside = calls[call.key]
         attentions = [n for n in inside if is_attention(n)]
-        after = closure_forward(attentions, inside)
-        if _has_residual(inside, after):
+        after = _after(attentions, inside)
+        if _has_residual(inside, after, parameters):
             break  # a block, and so is everything around it
         named = any(word in call.type_name.lower() for word in _NAMED) or any(
             word in call.path.rpartition(".")[2].lower() for word in _NAMED
         )
-        if not named and not _dominates(attentions, inside, after, parameters):
+        if not named and not _dominates(attentions, after, parameters):
             continue
-        if any(a in parameters for n in inside for a in n.all_input_nodes):
+        if any(a in parameters and not _is_size(a) for n in inside for a in n.all_input_nodes):
             return call, inside
     return None, _value_only(attention, parameters)
 
 
-def _has_residual(inside: set[fx.Node], after: set[fx.Node]) -> bool:
+def _after(attentions: list[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+    """What depends on the attentions: as an argument, or through memory that something dependent writes into."""
+    after = closure_forward(attentions, inside)
+    while True:
+        memory = frozenset().union(*(storages(target) for node in after for target in written(node)))
+        more = {node for node in inside - after if storages(node) & memory}
+        if not more:
+            return after
+        after = closure_forward(after | more, inside)
+
+
+def _has_residual(inside: set[fx.Node], after: set[fx.Node], parameters: set[fx.Node]) -> bool:
     """True when the module adds a value that came from outside, unchanged, to the attention's result."""
     for node in after:
-        if target_name(node) not in ("add", "add_", "iadd") or is_attention(node):
-            continue
-        for argument in node.all_input_nodes:
-            source = argument
-            while source in inside and source not in after and target_name(source) in _SAME_VALUE:
-                source = source.all_input_nodes[0]
-            if source not in inside and not is_parameter(source):
+        summands = node.args[: _SUMMANDS.get(target_name(node), 0)]
+        for source in summands:
+            while source in inside and source not in after and target_name(source) in _SAME_VALUE:  # type: ignore[arg-type]
+                source = source.all_input_nodes[0]  # type: ignore[union-attr]  # a node: it is in `inside`
+            if isinstance(source, fx.Node) and source not in inside and source not in parameters:
                 return True
     return False
 
 
-def _dominates(
-    attentions: list[fx.Node], inside: set[fx.Node], after: set[fx.Node], parameters: set[fx.Node]
-) -> bool:
+def _dominates(attentions: list[fx.Node], after: set[fx.Node], parameters: set[fx.Node]) -> bool:
     """True when, from the attention on, the module mixes its value with nothing but parameters."""
     return all(
         argument in after or argument in parameters
@@ -164,23 +195,25 @@ def _value_only(attention: fx.Node, parameters: set[fx.Node]) -> set[fx.Node]:
     """``attention`` and what follows it for as long as only parameters are mixed in; one value at a time."""
     inside = {attention}
     node = attention
-    while True:
-        users = [u for u in node.users if u not in parameters]
-        if len(users) != 1 or users[0].op == "output" or is_attention(users[0]) or written(users[0]):
-            return inside
-        node = users[0]
-        if any(a not in inside and a not in parameters for a in node.all_input_nodes):
-            return inside
-        if not isinstance(node.meta.get("example_value"), torch.Tensor):
-            return inside
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if (
+            node.op == "output"
+            or is_attention(node)
+            or written(node)
+            or not isinstance(node.meta.get("example_value"), torch.Tensor)
+            or any(a not in inside and a not in parameters for a in node.all_input_nodes)
+        ):
+            break
         inside.add(node)
+    return inside
 
 
 def _region(
     owner: ModuleCall | None, path: str, inside: set[fx.Node], attentions: list[fx.Node], order: dict[fx.Node, int]
 ) -> Region:
     inside = set(inside)
-    after = closure_forward(attentions, inside)
+    after = _after(attentions, inside)
     exits: list[fx.Node] = []
     for node in sorted(after, key=order.__getitem__):
         for exit_node in _exits_of(node, inside):
@@ -203,14 +236,14 @@ def _region(
 
 
 def _exits_of(node: fx.Node, inside: set[fx.Node]) -> list[fx.Node]:
-    """``node`` if something outside reads it; its items, if it is a tuple that is taken apart outside."""
+    """``node`` if something outside reads it; its items if it is a tuple that is taken apart outside."""
     outside = [u for u in node.users if u not in inside]
     if not outside:
         return []
     value = node.meta.get("example_value")
     if isinstance(value, (tuple, list)) and all(u.target is operator.getitem for u in outside):
         return outside
-    return [node] if isinstance(value, torch.Tensor) or value is None else []
+    return [node]
 
 
 def _refusal(exits: list[fx.Node], inside: set[fx.Node], order: dict[fx.Node, int]) -> str:
@@ -225,18 +258,23 @@ def _refusal(exits: list[fx.Node], inside: set[fx.Node], order: dict[fx.Node, in
             return f"its exit {node.name} has dtype {value.dtype}; only floating point can be stored"
         if value.ndim < 2:
             return f"its exit {node.name} has {value.ndim} dimension(s); at least 2 are needed"
-    outside_storages = frozenset().union(
-        *(storages(a) for n in inside for a in n.all_input_nodes if a not in inside),
-    )
+    outer = frozenset().union(*(storages(a) for n in inside for a in n.all_input_nodes if a not in inside))
     for node in inside:
         for target in written(node):
-            if target not in inside or storages(target) & outside_storages:
+            if target not in inside or storages(target) & outer:
                 return f"{node.name} writes in place into {target.name}, which lives outside of the attention"
-    last = max(order[n] for n in exits)
+    memory = frozenset().union(*map(storages, exits))
+    last = max(order[n] for n in (*exits, *writers(inside, memory)))
     for node in exits:
         early = [u.name for u in node.users if u not in inside and order[u] < last]
         if early:
             return f"{early[0]} reads the exit {node.name} before the attention is complete"
+    # Read back, exits no longer share memory: a write into one would not show in the other.
+    for i, node in enumerate(exits):
+        shared = storages(node) & frozenset().union(*(storages(n) for n in exits[:i]))
+        late = [n.name for n in writers(order, shared) if order[n] > last]
+        if late:
+            return f"{late[0]} writes in place into the exit {node.name}, which shares memory with another exit"
     return ""
 
 
@@ -251,7 +289,7 @@ def _argument(node: fx.Node, position: int, name: str) -> object:
 
 
 def _kind(attentions: list[fx.Node], exits: list[fx.Node], inside: set[fx.Node], bounded: bool) -> str:
-    """``joint`` if two streams leave or keys see more than queries, ``cross`` if keys come from elsewhere, else ``self``."""
+    """``joint``: two streams leave, or there are more keys than queries; ``cross``: keys are of another stream."""
     if len(exits) > 1:
         return "joint"
     query, key = (_argument(attentions[0], i, name) for i, name in enumerate(("query", "key")))
@@ -261,25 +299,41 @@ def _kind(attentions: list[fx.Node], exits: list[fx.Node], inside: set[fx.Node],
     from_query, from_key = _sources(query, stop), _sources(key, stop)
     if not from_query <= from_key:
         return "cross"
-    return "joint" if from_key - from_query and _length(query) != _length(key) else "self"
+    longer = from_key - from_query and _length(query) != _length(key)
+    return "joint" if longer or _joins_streams(query, inside) else "self"
+
+
+def _joins_streams(query: fx.Node, inside: set[fx.Node]) -> bool:
+    """True if the module puts queries of two streams end to end (the last block of SD3 drops the text's output)."""
+    for node in _ancestors(query, lambda n: n not in inside):
+        if (
+            target_name(node) in ("cat", "concat", "concatenate")
+            and node.args
+            and isinstance(node.args[0], (tuple, list))
+        ):
+            parts = [_sources(n, lambda n: n not in inside) for n in node.args[0] if isinstance(n, fx.Node)]
+            if any(not a <= b and not b <= a for a, b in itertools.combinations(parts, 2)):
+                return True
+    return False
 
 
 def _sources(node: fx.Node, stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
     """The activations (not parameters) that ``node`` is made of, where ``stop`` ends the search."""
-    found: set[fx.Node] = set()
+    ends = {n for n in _ancestors(node, stop) if n.op == "placeholder" or stop(n)}
+    return {n for n in ends if not is_parameter(n) and not _is_size(n)}
+
+
+def _ancestors(node: fx.Node, stop: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """``node`` and what it is made of, up to and including where ``stop`` ends the search."""
     visited: set[fx.Node] = set()
     pending = [node]
     while pending:
         current = pending.pop()
-        if current in visited:
-            continue
-        visited.add(current)
-        if current.op == "placeholder" or stop(current):
-            if not is_parameter(current):
-                found.add(current)
-        else:
-            pending.extend(current.all_input_nodes)
-    return found
+        if current not in visited:
+            visited.add(current)
+            if not stop(current):
+                pending.extend(current.all_input_nodes)
+    return visited
 
 
 def _length(node: fx.Node) -> object:

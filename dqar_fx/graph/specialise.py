@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
+from typing import cast
 
 import torch
 from torch import fx
@@ -14,7 +14,7 @@ from torch import fx
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.effects import eliminate_dead_code, storages, written
-from dqar_fx.graph.guard import guard_nodes
+from dqar_fx.graph.guard import guard_nodes, guard_number
 from dqar_fx.quantize import dequantize_from, quantize_over, reduced_dims
 
 
@@ -63,6 +63,7 @@ class ExitLayout:
 
     @property
     def parts(self) -> int:
+        """How many tensors are stored: the values, and the scales if there are any."""
         return 2 if self.granularity else 1
 
 
@@ -104,20 +105,19 @@ def specialise(
     graph = out.graph
     result = next(n for n in graph.nodes if n.op == "output")
     kept = tuple(outputs)
-    result.args = (tuple(result.args[0][i] for i in kept),)  # type: ignore[index]  # a piece returns a tuple
+    returned = cast(tuple[fx.Node, ...], result.args[0])  # a piece returns a tuple
+    result.args = (tuple(returned[i] for i in kept),)
     uses: list[BufferUse] = []
-    stores: list[fx.Node] = []
     guards = guard_nodes(graph)
     for guard, outcome, parts in zip(guards, outcomes, layouts, strict=True):
-        number = int(guard.args[0])  # type: ignore[call-overload]  # ours: always an int
         for index, layout in enumerate(parts):
-            fresh = guard.args[1 + index]
+            fresh = cast(fx.Node, guard.args[1 + index])
             item = next((u for u in guard.users if u.target is operator.getitem and u.args[1] == index), None)
             buffers = []
             if outcome is not Outcome.COMPUTE:
                 for part in range(layout.parts):
                     buffers.append(_buffer(graph, len(uses)))
-                    uses.append(BufferUse(number, index, part))
+                    uses.append(BufferUse(guard_number(guard), index, part))
             with graph.inserting_after(guard):
                 anchor = graph.call_function(_here)
             with graph.inserting_before(anchor):
@@ -126,12 +126,12 @@ def specialise(
                 else:
                     value = fresh
                     if outcome is Outcome.STORE:
-                        stores += _store(graph, fresh, buffers, layout)
+                        _store(graph, fresh, buffers, layout)
             graph.erase_node(anchor)
             if item is not None:
-                if outcome is Outcome.REUSE and isinstance(value, fx.Node):
-                    value.meta.update({k: v for k, v in item.meta.items() if k != "example_value"})
-                item.replace_all_uses_with(value)  # type: ignore[arg-type]  # a node: exits are values of the graph
+                if value.op != "placeholder" and value is not fresh:
+                    value.meta = dict(item.meta)  # and so its memory: a write through a view of it is a write into it
+                item.replace_all_uses_with(value)
                 graph.erase_node(item)
     for guard in guards:
         graph.erase_node(guard)
@@ -159,35 +159,39 @@ def _buffer(graph: fx.Graph, number: int) -> fx.Node:
 
 def _read(graph: fx.Graph, buffers: list[fx.Node], layout: ExitLayout, private: bool) -> fx.Node:
     if layout.granularity:
-        read = partial(dequantize_from, dtype=layout.dtype, num_heads=layout.num_heads)
-        return _inline(graph, lambda q, scale: read(q, scale), buffers)[0]
+
+        def read(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return dequantize_from(q, scale, layout.dtype, layout.num_heads)
+
+        return _inline(graph, read, buffers)[0]
     # Somebody writes into what they are handed: give them a copy, or they would write into the store.
     return graph.call_method("clone", (buffers[0],)) if private else buffers[0]
 
 
-def _store(graph: fx.Graph, fresh: object, buffers: list[fx.Node], layout: ExitLayout) -> list[fx.Node]:
-    values: Sequence[object] = [fresh]
-    if layout.granularity:
-        dims = reduced_dims(layout.ndim, layout.granularity)
-        over = partial(quantize_over, dims=dims, num_heads=layout.num_heads)
-        values = _inline(graph, lambda x: over(x), [fresh])
-    return [graph.call_method("copy_", (buffer, v)) for buffer, v in zip(buffers, values, strict=True)]  # type: ignore[arg-type]
+def _store(graph: fx.Graph, fresh: fx.Node, buffers: list[fx.Node], layout: ExitLayout) -> None:
+    def store(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dims = reduced_dims(layout.ndim, layout.granularity, layout.num_heads)
+        return quantize_over(x, dims, layout.num_heads)
+
+    values = _inline(graph, store, [fresh]) if layout.granularity else [fresh]
+    for buffer, value in zip(buffers, values, strict=True):
+        graph.call_method("copy_", (buffer, value))
 
 
-def _inline(graph: fx.Graph, function: Callable[..., object], arguments: Sequence[object]) -> list[fx.Node]:
+def _inline(graph: fx.Graph, function: Callable[..., object], arguments: Sequence[fx.Node]) -> list[fx.Node]:
     """Trace ``function`` and copy its nodes to the insertion point; returns its result(s)."""
     traced = fx.Tracer().trace(function)
     given = iter(arguments)
-    mapping: dict[fx.Node, object] = {n: next(given) for n in traced.nodes if n.op == "placeholder"}
-    result = graph.graph_copy(traced, mapping)  # type: ignore[arg-type]
-    return list(result) if isinstance(result, (tuple, list)) else [result]  # type: ignore[list-item]
+    mapping = {n: next(given) for n in traced.nodes if n.op == "placeholder"}
+    result = graph.graph_copy(traced, mapping)
+    return cast(list[fx.Node], list(result) if isinstance(result, (tuple, list)) else [result])
 
 
 def _written_later(item: fx.Node | None, graph: fx.Graph) -> bool:
     """True if something writes into the exit after it was handed out, or hands it to the caller of the model."""
     if item is None:
         return False
-    touched = storages(item)
-    family = {n for n in graph.nodes if storages(n) & touched} | {item}
+    memory = storages(item)
+    family = {n for n in graph.nodes if storages(n) & memory} | {item}
     result = next(n for n in graph.nodes if n.op == "output")
     return any(w in family for n in graph.nodes for w in written(n)) or any(n in family for n in result.all_input_nodes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 
 from dqar_fx.runtime.clock import Timestep
+from dqar_fx.runtime.standin import StandIn
 
 #: Names under which a denoiser takes its timestep, in the order in which they are looked for.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "timestep_cond", "noise_level", "sigma", "sigmas")
@@ -42,16 +44,47 @@ def read_timestep(value: object) -> Timestep | None:
     return None
 
 
+class WatchedStep(StandIn):
+    """``scheduler.step`` that also tells which step it completed."""
+
+    def __init__(self, scheduler: Any, identity: SchedulerIdentity) -> None:
+        super().__init__(scheduler, "step")
+        self._identity = weakref.ref(identity)  # the scheduler may outlive the model
+
+    def __call__(self, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        result = self.__wrapped__(model_output, timestep, *args, **kwargs)
+        identity = self._identity()
+        if identity is not None:
+            identity.completed(timestep)
+        return result
+
+
 class SchedulerIdentity:
     """Step identity from a diffusers scheduler, without reading the device.
 
     A timestep that a loop takes from ``scheduler.timesteps`` is a view into it, so its storage offset says which one it
-    is; where a pipeline has done arithmetic on it, ``scheduler.step_index`` says so instead. ``set_timesteps`` makes a
-    new tensor: another tensor is another generation.
+    is. Where a pipeline has moved it or done arithmetic on it, ``scheduler.step_index`` says so instead, and for
+    schedulers that keep none (DDIM, DDPM) the last timestep that ``scheduler.step`` was called with. ``set_timesteps``
+    makes a new tensor: another tensor is another generation.
+
+    Args:
+        scheduler: the pipeline's scheduler. If it has no ``step_index``, its ``step`` is watched until ``release``.
     """
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
+        self._done: tuple[object, int] | None = None  # (calendar, index) of the last completed step
+        if not hasattr(scheduler, "step_index") and callable(getattr(scheduler, "step", None)):
+            WatchedStep(scheduler, self)
+
+    def completed(self, timestep: object) -> None:
+        """The scheduler has made the step from ``timestep``."""
+        index = self._index_of(timestep)
+        self._done = None if index is None else (self.calendar, index)
+
+    def release(self) -> None:
+        """Leave the scheduler as it was."""
+        WatchedStep.remove(self._scheduler, "step")
 
     @property
     def calendar(self) -> object:
@@ -68,20 +101,29 @@ class SchedulerIdentity:
 
     def position(self, timestep: object) -> int | None:
         """Index of this call in the scheduler's timesteps; None where the scheduler cannot tell."""
+        if self.num_steps is None:
+            return None
+        index = self._index_of(timestep)
+        if index is not None:
+            return index
+        if hasattr(self._scheduler, "step_index"):
+            index = self._scheduler.step_index
+            # None before the first `scheduler.step`
+            return int(index if index is not None else getattr(self._scheduler, "begin_index", None) or 0)
+        if self._done is None or self._done[0] is not self.calendar:
+            return 0  # of a new calendar; should the run start later in it, what follows is a gap, and gaps compute
+        return self._done[1] + 1
+
+    def _index_of(self, timestep: object) -> int | None:
+        """Index of a timestep that is a view into the calendar."""
         timesteps = self.calendar
-        if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1 or not len(timesteps):
+        if not isinstance(timesteps, torch.Tensor) or not isinstance(timestep, torch.Tensor) or not timestep.numel():
             return None
-        if isinstance(timestep, torch.Tensor) and timestep.numel() and _is_view_of(timestep, timesteps):
-            offset = timestep.storage_offset() - timesteps.storage_offset()
-            index, rest = divmod(offset, timesteps.stride(0) or 1)
-            if not rest and 0 <= index < len(timesteps):
-                return index
-        if not hasattr(self._scheduler, "step_index") or self.num_steps is None:
+        if not _is_view_of(timestep, timesteps):
             return None
-        index = self._scheduler.step_index
-        if index is None:  # before the first `scheduler.step`
-            index = getattr(self._scheduler, "begin_index", None) or 0
-        return int(index)
+        offset = timestep.storage_offset() - timesteps.storage_offset()
+        index, rest = divmod(offset, timesteps.stride(0) or 1)
+        return index if not rest and 0 <= index < len(timesteps) else None
 
 
 def _is_view_of(view: torch.Tensor, base: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,11 @@ from torch import fx
 
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import is_parameter, lift_constants, source_name
-from dqar_fx.graph.effects import must_keep, written
+from dqar_fx.graph.effects import must_keep, storages, written
 from dqar_fx.graph.guard import guard_sites
 from dqar_fx.graph.lower import BoxedCallable, Lowerer
 from dqar_fx.graph.partition import Piece, partition
+from dqar_fx.graph.share import share_repeated
 from dqar_fx.graph.sites import Region
 from dqar_fx.graph.specialise import ExitLayout, Outcome, Variant, exit_layout, specialise
 from dqar_fx.runtime.cache import ExitSpec, Store
@@ -70,7 +72,8 @@ class CapturedGraph:
         self.regions = tuple(regions)
         self.guarded = guard_sites(gm, regions)
         lifted, self.constants = lift_constants(self.guarded)
-        self.pieces: list[Piece] = partition(lifted, regions)
+        lifted = share_repeated(lifted)
+        self.pieces: list[Piece] = partition(lifted, regions, fuse=True)
         self._lowerer = lowerer
         self._variants = variants
         self._inputs = [n for n in lifted.graph.nodes if n.op == "placeholder"]
@@ -84,7 +87,12 @@ class CapturedGraph:
             for region, exits, batch in zip(regions, self._exits, batches, strict=True)
         ]
         given = self._inputs[: len(self._inputs) - len(self.constants)]
-        self.parameters = tuple(i for i, n in enumerate(given) if is_parameter(n) and not _is_number(n))
+        # State that the model itself writes at every call (a counter, a running mean) is no change from outside.
+        own = frozenset().union(*(storages(w) for n in gm.graph.nodes for w in written(n)))
+        self.parameters = tuple(
+            i for i, n in enumerate(given) if is_parameter(n) and not _is_number(n) and not storages(n) & own
+        )
+        self._parameters_of = operator.itemgetter(*self.parameters, *self.parameters[:1]) if self.parameters else None
         self.sizes = tuple(i for i, n in enumerate(given) if _is_number(n))
         self.sources = tuple(source_name(n) for n in given)
         self._specs: dict[tuple[object, ...], list[list[ExitSpec]]] = {}
@@ -94,6 +102,11 @@ class CapturedGraph:
     @property
     def num_sites(self) -> int:
         return len(self.regions)
+
+    def parameters_of(self, arguments: Sequence[Any]) -> Sequence[torch.Tensor]:
+        """Those of a call's arguments that are the model's own state."""
+        # itemgetter is a single call into C; it gives a tuple for two items and more only, hence the doubled first one.
+        return self._parameters_of(arguments) if self._parameters_of is not None else ()
 
     def sizes_of(self, arguments: Sequence[Any]) -> tuple[object, ...]:
         """The sizes that this call has where the graph was captured with symbolic ones."""
@@ -121,7 +134,7 @@ class CapturedGraph:
         key = (outcomes, sizes, torch.is_inference_mode_enabled())
         program = self._programs.get(key)  # type: ignore[call-overload]
         if program is None:
-            program = self._programs[key] = self._build(outcomes)  # type: ignore[index]
+            program = self._programs[key] = self.build(outcomes)  # type: ignore[index]
         registers = [*arguments, *self.constants, *program.bind(store), *program.scratch]
         if not program.compiled:
             return self._first_run(program, registers)
@@ -146,7 +159,7 @@ class CapturedGraph:
         program.compiled = compiled  # only now: an exception on the way leaves the program to be built again
         return [registers[i] for i in program.results]
 
-    def _build(self, outcomes: Outcomes) -> Program:
+    def build(self, outcomes: Outcomes) -> Program:
         """Choose a variant for each piece, from the last to the first, so that nothing is computed that nobody reads."""
         needed = {n.name for n in self._result if isinstance(n, fx.Node)}
         chosen: list[tuple[Piece, Variant]] = []

@@ -77,6 +77,7 @@ class Runtime:
         self._threads = _PerThread()
         self._lock = threading.RLock()
         self._warned_steps = False
+        self._warned_eager = False
         self.capture_seconds = 0.0
         #: The options that the registered backend made this runtime from; held, so that their identity stays their own.
         self.origin: object = None
@@ -131,10 +132,21 @@ class Runtime:
         """Forget everything that the current generation of this thread has stored, and free it."""
         self._generation().free()
 
+    def release(self) -> None:
+        """Free everything and let go of the scheduler; what ``restore`` does to the runtime."""
+        self.reset()
+        if self._scheduler is not None:
+            self._scheduler.release()
+
     @property
     def sites(self) -> tuple[Site, ...]:
         """The sites that are rewritten, in order; empty before the first call (nothing has been captured yet)."""
-        return tuple(r.site for g in self._graphs_of_a_call() for r in g.regions)
+        return tuple(r.site for g in self.graphs for r in g.regions)
+
+    @property
+    def graphs(self) -> tuple[CapturedGraph, ...]:
+        """The graphs that make up the model once (a recapture for another shape shows the same sites again)."""
+        return tuple(self._graphs if self._breaks else self._graphs[-1:])
 
     @property
     def plan(self) -> Plan | None:
@@ -234,7 +246,10 @@ class Runtime:
         if call is None or call.sites == self._num_sites:
             return
         if call.sites == 0:
-            raise CaptureError(self._nothing_found([]))
+            if self._graphs and self._num_sites is None:
+                raise CaptureError(self._nothing_found([]))
+            self._warn_eager()
+            return
         self._num_sites = call.sites
         self._plan_for(call.sites, None)
 
@@ -338,11 +353,16 @@ class Runtime:
         reason = getattr(gm, "compile_subgraph_reason", None)
         return not self._breaks and (reason is None or not reason.graph_break)
 
-    def _graphs_of_a_call(self) -> list[CapturedGraph]:
-        """The graphs that make up the model once (a recapture for another shape shows the same sites again)."""
-        if not self._breaks:
-            return self._graphs[-1:]
-        return self._graphs
+    def _warn_eager(self) -> None:
+        if not self._warned_eager:
+            self._warned_eager = True
+            warnings.warn(
+                "the model ran eager, without its compiled graphs: every attention computed. Dynamo stepped aside, because it "
+                f"is disabled here, or a dispatch mode is active, or its recompile limit was reached ({len(self._graphs)} "
+                "captures of this model so far). For the last, raise torch._dynamo.config.recompile_limit, or pass "
+                "dynamic=True if shapes keep changing; fullgraph=True shows Dynamo's own error.",
+                stacklevel=4,
+            )
 
     def _nothing_found(self, found: Sequence[Region]) -> str:
         looked = "torch.nn.functional.scaled_dot_product_attention"

@@ -1,0 +1,101 @@
+"""What every benchmark shares: alternating timed calls, peak memory, one JSON record per row, one table."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of one call, the device drained before and after."""
+    synchronise(device)
+    started = time.perf_counter()
+    call()
+    synchronise(device)
+    return (time.perf_counter() - started) * 1e3
+
+
+def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Time the calls in turn, A B C A B C ..., so that a drift of the machine hits all alike; milliseconds per call."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(timed(call, device))
+    return times
+
+
+def median(times: Sequence[float]) -> float:
+    return statistics.median(times)
+
+
+def interquartile(times: Sequence[float]) -> float:
+    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [0.0, 0.0, 0.0]
+    return quartiles[2] - quartiles[0]
+
+
+def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
+    """MiB allocated at the peak of one call, above what was allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # set once the profiler has stopped
+    allocations = [e for e in events if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
+    held = peak = 0
+    for event in sorted(allocations, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def commit() -> str:
+    """The commit measured, with a ``+`` where the tree had changes."""
+    try:
+        run = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def finish(rows: list[dict[str, Any]], columns: Sequence[str], device: torch.device, output: Path) -> None:
+    """Write one JSON record per row and print the same rows as a table."""
+    where = {"device": str(device), "machine": machine(device), "torch": torch.__version__, "commit": commit(), "date": str(date.today())}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(json.dumps({**row, **where}) + "\n" for row in rows))
+    print(tabulate([[row.get(c) for c in columns] for row in rows], headers=columns, floatfmt=".4g"))
+    print(f"{where['machine']}, torch {where['torch']}, {where['date']}, commit {where['commit']} -> {output}")

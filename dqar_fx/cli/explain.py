@@ -1,0 +1,123 @@
+"""``dqar-fx explain MODEL``: what can be reused in a model, what that can save at most, and what cannot and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+HELP = "show a model's attentions, what reusing them can save at most, and what cannot be reused"
+DTYPES = ("bfloat16", "float16", "float32")
+SCHEDULE = "interval:every=3,warmup=0.1"
+MIB = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument(
+        "model", metavar="MODEL",
+        help="a hub id, a folder (of a transformer or of a pipeline), a config file, the name of a diffusers "
+        "transformer class, or 'digits', the model that ships",
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="JSON", help="a JSON file, or JSON text: config values to set or to change")
+    parser.add_argument(
+        "--schedule", default=SCHEDULE, metavar="TEXT",
+        help=f"which attention reuses when, as text or as a plan saved in a .json file (default: {SCHEDULE})",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, metavar="T", help="number of sampling steps (default: the schedule's own)")
+    parser.add_argument("--cache", default="int8", metavar="TEXT", help="int8 (the default), native, int8:channel, ...")
+    parser.add_argument("--sites", action="append", metavar="PATTERN", help="only sites whose path matches; repeatable")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows of a call (guidance doubles images)")
+    size = "of hidden_states: in latent pixels, or in tokens for a model that takes tokens"
+    parser.add_argument("--size", type=int, metavar="N", help=f"height and width {size}")
+    parser.add_argument("--height", type=int, metavar="H", help=f"height {size}")
+    parser.add_argument("--width", type=int, metavar="W", help=f"width {size}")
+    parser.add_argument("--frames", type=int, metavar="F", help="latent frames of a video")
+    parser.add_argument("--text-tokens", type=int, metavar="N", help="length of the prompt")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="what the model computes in (default: bfloat16)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same numbers there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables; 0 if there is something to reuse, else 1.
+
+    Raises:
+        DqarError: the model is unknown or cannot be captured, it has no attention, or an argument has no meaning.
+    """
+    import torch
+
+    from dqar_fx.cli.models import parse_schedule
+    from dqar_fx.config import CacheConfig
+    from dqar_fx.explanation import explain, read_config
+
+    found = explain(
+        args.model,
+        parse_schedule(args.schedule, args.steps),
+        CacheConfig.parse(args.cache),
+        config=read_config(args.config) if args.config else None,
+        patterns=args.sites,
+        dtype=getattr(torch, args.dtype),
+        sizes={
+            "batch": args.batch,
+            "height": args.height or args.size,
+            "width": args.width or args.size,
+            "frames": args.frames,
+            "text_tokens": args.text_tokens,
+        },
+    )
+    sys.stdout.write(render(found) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return 0 if found["sites"] else 1
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """The tables, from what ``explain`` found."""
+    from tabulate import tabulate
+
+    head = [
+        ["model", f"{found['model']}, {found['parameters'] / 1e6:.1f} M parameters, {found['dtype']}"],
+        ["called with", found["inputs"]],
+        ["work", f"{found['gflop_per_call']:.2f} GFLOP per call"],
+        ["captured", f"{found['captures']} graph(s), {len(found['graph_breaks'])} break(s)"],
+        ["schedule", found["schedule"]],
+        ["cache", found["cache"]],
+    ]
+    lines = [tabulate(head, tablefmt="plain", disable_numparse=True), ""]
+    if found["sites"]:
+        rows = [
+            [
+                site["index"],
+                site["path"],
+                site["kind"],
+                site["exits"],
+                " ".join("x".join(shape) for shape in site["shapes"]),
+                f"{site['flop_share']:.2%}",
+                f"{site['planned_reuse']:.0%}",
+                f"{site['cache_bytes'] / 1024:.1f}",
+            ]
+            for site in found["sites"]
+        ]
+        headers = ["site", "path", "kind", "exits", "shape", "share of FLOP", "planned reuse", "cache KiB"]
+        right = ("right", "left", "left", "right", "left", "right", "right", "right")
+        lines += [tabulate(rows, headers=headers, colalign=right, disable_numparse=True), ""]
+        native = found["native_bytes"] / MIB
+        totals = [
+            ["share of FLOP, all sites", f"{found['flop_share']:.2%}"],
+            ["planned reuse", f"{found['planned_reuse_ratio']:.1%} over {found['num_steps']} steps"],
+            ["cache", f"{found['cache_bytes'] / MIB:.2f} MiB per branch, {native:.2f} MiB in {found['dtype']}"],
+            ["speed-up, this schedule", f"at most {found['bound']:.3f}x"],
+            ["speed-up, 100 % reuse", f"at most {found['limit']:.3f}x"],
+        ]
+        lines += [tabulate(totals, tablefmt="plain", disable_numparse=True)]
+    lines += [f"left computing: {s['path'] or '?'} ({s['kind']}): {s['reason']}" for s in found["left_computing"]]
+    lines += [f"graph break: {b['reason']} at {b['where']}" for b in found["graph_breaks"]]
+    if found["uncounted"]:
+        lines.append(f"not in the count of FLOP: {'; '.join(found['uncounted'])}")
+    lines += [f"note: {text}" for text in found["advice"]]
+    return "\n".join(lines)

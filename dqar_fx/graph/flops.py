@@ -1,0 +1,221 @@
+"""Floating-point operations of a captured graph, and how many of them vanish when attentions are read from the cache.
+
+A multiply-add is two FLOP; only matrix products, convolutions and attentions count, as in ``torch.utils.flop_counter``,
+whose formulas these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from dqar_fx.config import CacheConfig
+from dqar_fx.graph.capture import fork
+from dqar_fx.graph.effects import changes_mode
+from dqar_fx.graph.lower import Lowerer
+from dqar_fx.graph.sites import Region
+from dqar_fx.graph.specialise import Outcome, Variant
+from dqar_fx.runtime.cache import ExitSpec
+from dqar_fx.runtime.program import CapturedGraph
+
+_MARK = "dqar_flops"
+
+
+def node_flops(gm: fx.GraphModule) -> dict[str, int]:
+    """FLOP of each call node of a Dynamo graph, by name; a node that cannot be counted is left out.
+
+    Each call is made once on meta tensors shaped like its example values, whatever the device of the model: on meta,
+    ``scaled_dot_product_attention`` falls apart into its two products, for which there are formulas (there is none for
+    the CPU's flash kernel). Equal calls are made once.
+    """
+    known: dict[Hashable, int | None] = {}
+    counts = {}
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method") or changes_mode(node):
+            continue  # a change of mode must not be made: it would outlive the count
+        key = (node.op, node.target, _signature(node.args), _signature(node.kwargs))
+        if key not in known:
+            known[key] = _count(gm, node)
+        count = known[key]
+        if count is not None:
+            counts[node.name] = count
+    return counts
+
+
+class Work:
+    """What one call of a model costs, under any choice of reusing sites.
+
+    The count is made on the very pieces that the runtime would compile for that choice, so what falls away here is what
+    falls away there: the attention, all that only feeds it, and what is shared by attentions that all reuse.
+
+    Args:
+        graphs: the graphs of one call, in order.
+        regions: for each graph, the sites to rewrite.
+        cache: how values are stored; storing and reading cost no FLOP in this count.
+
+    Attributes:
+        total: FLOP of a call that reuses nothing.
+        uncounted: nodes for which there is no count, as ``name: target``.
+    """
+
+    def __init__(
+        self, graphs: Sequence[fx.GraphModule], regions: Sequence[Sequence[Region]], cache: CacheConfig | None = None
+    ) -> None:
+        cache = cache or CacheConfig()
+        lowerer = Lowerer(_never)
+        variants: dict[object, Variant] = {}
+        uncounted: list[str] = []
+        marked: dict[int, fx.GraphModule] = {}
+        for gm in graphs:
+            if id(gm) not in marked:
+                marked[id(gm)] = _mark(gm, uncounted)
+        self.uncounted = tuple(uncounted)
+        self.graphs = tuple(
+            CapturedGraph(marked[id(gm)], own, cache, lowerer, variants)
+            for gm, own in zip(graphs, regions, strict=True)
+        )
+        self.num_sites = sum(graph.num_sites for graph in self.graphs)
+        self._known: dict[tuple[int, tuple[Outcome, ...]], int] = {}
+        self.total = self.of([False] * self.num_sites)
+
+    def of(self, reused: Sequence[bool]) -> int:
+        """FLOP of a call in which the sites marked True are read and the others computed; one entry per site."""
+        cost, first = 0, 0
+        for index, graph in enumerate(self.graphs):
+            mine = reused[first : first + graph.num_sites]
+            first += graph.num_sites
+            outcomes = tuple(Outcome.REUSE if r else Outcome.COMPUTE for r in mine)
+            known = self._known.get((index, outcomes))
+            if known is None:
+                known = self._known[index, outcomes] = _program_flops(graph, outcomes)
+            cost += known
+        return cost
+
+    def site_savings(self) -> list[int]:
+        """For each site the FLOP that vanish if it, and it alone, reuses."""
+        return [self.total - self.of([i == site for i in range(self.num_sites)]) for site in range(self.num_sites)]
+
+    def saved_together(self) -> int:
+        """The FLOP that vanish if every site reuses."""
+        return self.total - self.of([True] * self.num_sites)
+
+    def site_bytes(self) -> list[int]:
+        """For each site the bytes that its stored value takes, scales included, as the cache is configured."""
+        return [sum(map(_nbytes, specs)) for specs in self._specs()]
+
+    def native_bytes(self) -> list[int]:
+        """For each site the bytes that its stored value would take in the model's own dtype."""
+        return [sum(prod(spec.shape) * spec.layout.dtype.itemsize for spec in specs) for specs in self._specs()]
+
+    def _specs(self) -> list[list[ExitSpec]]:
+        return [specs for graph in self.graphs for specs in graph.specs(())]  # captured for one shape: no size is open
+
+
+def site_savings(gm: fx.GraphModule, regions: Sequence[Region]) -> list[int]:
+    """``Work.site_savings`` of a model that is one graph."""
+    return Work([gm], [regions]).site_savings()
+
+
+def speedup_bound(total: int, saved: Sequence[int]) -> float:
+    """How much faster a generation can get at most, if time went by FLOP: ``1 / (1 - mean(saved) / total)``.
+
+    Args:
+        total: FLOP of a call that reuses nothing.
+        saved: for each step, the FLOP that its call saves.
+    """
+    left = total * len(saved) - sum(saved)
+    return total * len(saved) / left if left > 0 else float("inf")
+
+
+def _mark(gm: fx.GraphModule, uncounted: list[str]) -> fx.GraphModule:
+    """A copy whose nodes carry their FLOP in ``meta``, where every later pass hands it on."""
+    marked = fork(gm)
+    counts = node_flops(gm)
+    for node in marked.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            if node.name in counts:
+                # With the target: a node that a pass puts in the place of another takes over its meta, not its work.
+                node.meta[_MARK] = (node.target, counts[node.name])
+            elif not changes_mode(node):
+                uncounted.append(f"{node.name}: {getattr(node.target, '__name__', node.target)}")
+    return marked
+
+
+def _program_flops(graph: CapturedGraph, outcomes: tuple[Outcome, ...]) -> int:
+    program = graph.build(outcomes)
+    return sum(
+        flops
+        for step in program.steps
+        for node in step.variant.gm.graph.nodes
+        for target, flops in [node.meta.get(_MARK, (None, 0))]
+        if target is node.target
+    )
+
+
+def _nbytes(spec: ExitSpec) -> int:
+    parts = replace(spec, device=torch.device("meta")).allocate()
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("nothing is compiled here")
+
+
+def _count(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    try:
+        args, kwargs = _example(gm, node.args), _example(gm, node.kwargs)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            if node.op == "call_method":
+                getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
+    except Exception:  # whatever an operator raises on meta tensors: the node is reported, not guessed
+        return None
+    return int(counter.get_total_flops())
+
+
+def _example(gm: fx.GraphModule, value: Any) -> Any:
+    """An argument with every node replaced by a meta tensor like its example value."""
+    if isinstance(value, fx.Node):
+        if value.op == "get_attr" and "example_value" not in value.meta:
+            return gm.get_submodule(str(value.target))
+        return _example(gm, value.meta["example_value"])
+    if isinstance(value, torch.Tensor):
+        with torch.inference_mode(False):
+            return torch.empty_strided(
+                [_hint(s) for s in value.shape], [_hint(s) for s in value.stride()], dtype=value.dtype, device="meta"
+            )
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    if isinstance(value, slice):
+        return slice(*(_example(gm, v) for v in (value.start, value.stop, value.step)))
+    if isinstance(value, (tuple, list)):
+        items = [_example(gm, v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {k: _example(gm, v) for k, v in value.items()}
+    return _hint(value)
+
+
+def _hint(value: Any) -> Any:
+    """A number in place of a symbolic one."""
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+
+
+def _signature(value: Any) -> Hashable:
+    """Equal for arguments that give the same count: shapes, strides and dtypes in place of tensors."""
+    if isinstance(value, fx.Node):
+        return _signature(value.meta.get("example_value", value))
+    if isinstance(value, torch.Tensor):
+        return (*map(_hint, value.shape), *map(_hint, value.stride()), value.dtype)
+    if isinstance(value, (tuple, list)):
+        return (type(value), *(_signature(v) for v in value))
+    if isinstance(value, dict):
+        return tuple((k, _signature(v)) for k, v in value.items())
+    return repr(_hint(value))

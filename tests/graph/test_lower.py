@@ -1,0 +1,246 @@
+"""Each specialised piece is compiled once for each kind of input, with whatever backend."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from dqar_fx.graph.capture import readable
+from dqar_fx.graph.lower import Lowerer, boxed, resolve_backend, signature
+from dqar_fx.graph.specialise import Variant
+from tests.graph.conftest import capture_call, equal, ops, traced
+
+
+class Counting:
+    """A user's backend that remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.graphs: list[fx.GraphModule] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.graphs.append(gm)
+        assert len(example_inputs) == sum(n.op == "placeholder" for n in gm.graph.nodes)
+        return gm.forward
+
+
+def variant(function: Callable[..., Any], *examples: Any) -> Variant:
+    gm = traced(function, *examples)
+    return Variant(gm, tuple(range(len(examples))), (), (0,))
+
+
+def double(x: Tensor) -> tuple[Tensor]:
+    return (x.sin() * 2,)
+
+
+X = torch.randn(3, 4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_backends_by_name(backend: str) -> None:
+    lowered = Lowerer(resolve_backend(backend)).lower(variant(double, X), [X])
+    (result,) = lowered([X])
+    torch.testing.assert_close(result, double(X)[0])
+
+
+def test_a_callable_is_a_backend_and_is_asked_once() -> None:
+    backend = Counting()
+    lowerer, one = Lowerer(resolve_backend(backend)), variant(double, X)
+    text = readable(one.gm)
+    first = lowerer.lower(one, [X])
+    assert lowerer.lower(one, [torch.ones(3, 4)]) is first
+    assert (len(backend.graphs), lowerer.count) == (1, 1)
+    assert equal(first([X]), double(X))
+    assert backend.graphs[0] is not one.gm
+    assert readable(one.gm) == text  # the input is untouched
+    assert all("example_value" in n.meta for n in one.gm.graph.nodes)
+    assert not any("example_value" in n.meta for n in backend.graphs[0].graph.nodes)
+    assert lowerer.seconds > 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.randn(4, 4),
+        torch.randn(4, 3).t(),
+        torch.randn(3, 4, dtype=torch.float64),
+        torch.randn(3, 4, requires_grad=True),
+        torch.nn.Parameter(X, requires_grad=False),
+        torch.empty(3, 4, device="meta"),
+    ],
+    ids=["shape", "strides", "dtype", "requires_grad", "type", "device"],
+)
+def test_another_kind_of_input_is_compiled_anew(other: Tensor) -> None:
+    backend = Counting()
+    lowerer, one = Lowerer(backend), variant(double, X)
+    assert lowerer.lower(one, [X]) is not lowerer.lower(one, [other])
+    assert lowerer.lower(one, [other]) is lowerer.lower(one, [other])
+    assert len(backend.graphs) == 2
+
+
+def test_another_variant_is_compiled_anew() -> None:
+    backend = Counting()
+    lowerer = Lowerer(backend)
+    assert lowerer.lower(variant(double, X), [X]) is not lowerer.lower(variant(double, X), [X])
+    assert len(backend.graphs) == 2
+
+
+def test_modes_are_part_of_the_signature() -> None:
+    plain = signature([X])
+    with torch.inference_mode():
+        assert signature([X]) != plain
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = signature([X])
+        assert autocast != plain
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert signature([X]) not in (plain, autocast)
+    with torch.autocast("cuda", enabled=False):
+        assert signature([X]) == plain
+    with torch.inference_mode():
+        born_there = torch.ones(3, 4)
+    assert signature([born_there]) != plain
+
+
+def test_numbers_are_written_into_the_graph_and_told_apart() -> None:
+    def scaled(n: int, x: Tensor, m: int) -> tuple[Any, ...]:
+        return x[:, :n].reshape((m, -1)) * n, m
+
+    backend = Counting()
+    lowerer, one = Lowerer(backend), variant(scaled, 2, X, 6)
+    two, three = lowerer.lower(one, [2, X, 6]), lowerer.lower(one, [2, X, 3])
+    assert [ops(gm) for gm in backend.graphs] == [ops(one.gm)] * 2
+    assert all([n.name for n in gm.graph.nodes if n.op == "placeholder"] == ["x"] for gm in backend.graphs)
+    assert two([2, X, 6])[1] == 6
+    assert equal(two([2, X, 6])[0], scaled(2, X, 6)[0])
+    assert equal(three([2, X, 3])[0], scaled(2, X, 3)[0])
+    assert lowerer.lower(one, [2, X, 6]) is two
+    assert signature([1]) != signature([True])
+
+
+def test_options_reach_the_backend() -> None:
+    seen: dict[str, Any] = {}
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any]) -> Callable[..., Any]:
+        seen.update(options)
+        return gm.forward
+
+    Lowerer(resolve_backend(backend, options={"level": 3})).lower(variant(double, X), [X])
+    assert seen == {"level": 3}
+    with pytest.raises(RuntimeError, match="no_such_option"):
+        resolve_backend("inductor", options={"no_such_option": 1})
+    with pytest.raises(RuntimeError, match="no such mode"):
+        resolve_backend("inductor", mode="no such mode")
+
+
+def test_somebody_may_listen_to_compilations() -> None:
+    lowerer, heard = Lowerer(Counting()), []
+    lowerer.on_compile = heard.append
+    one = variant(double, X)
+    for value in (X, X, torch.ones(1)):
+        lowerer.lower(one, [value])
+    assert heard == [1, 2]
+
+
+def test_threads_that_need_the_same_piece_compile_it_once() -> None:
+    started, backend = threading.Barrier(4), Counting()
+
+    def slow(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        threading.Event().wait(0.05)
+        return backend(gm, example_inputs)
+
+    lowerer, one, results = Lowerer(slow), variant(double, X), []
+
+    def work() -> None:
+        started.wait()
+        results.append(lowerer.lower(one, [X]))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(backend.graphs) == lowerer.count == 1
+    assert len(set(results)) == 1
+
+
+def test_a_failed_compilation_is_tried_again() -> None:
+    attempts: list[int] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise RuntimeError("out of memory")
+        return gm.forward
+
+    lowerer, one = Lowerer(backend), variant(double, X)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lowerer.lower(one, [X])
+    assert lowerer.count == 0
+    assert equal(lowerer.lower(one, [X])([X]), double(X))
+
+
+# -- boxed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_boxed_function_frees_its_arguments_while_it_runs(backend: str) -> None:
+    lowered = Lowerer(resolve_backend(backend)).lower(variant(double, X), [X])
+    arguments = [torch.randn(3, 4)]
+    alive = weakref.ref(arguments[0])
+    expected = double(arguments[0])[0]
+    (result,) = lowered(arguments)
+    assert arguments == []
+    assert alive() is None
+    torch.testing.assert_close(result, expected)
+
+
+def test_a_plain_function_is_called_with_its_arguments() -> None:
+    assert boxed(lambda x, y: (x - y,))([3, 1]) == (2,)
+
+    def boxed_by_name(x: int, y: int) -> tuple[int]:
+        return (x - y,)
+
+    boxed_by_name._boxed_call = True  # type: ignore[attr-defined]  # a name is not enough: it takes two arguments
+    assert boxed(boxed_by_name)([3, 1]) == (2,)
+
+    def wrapper(*args: int) -> tuple[int, ...]:
+        return args
+
+    wrapper.__wrapped__ = boxed_by_name  # type: ignore[attr-defined]
+    assert boxed(wrapper)([3, 1]) == (3, 1)
+
+
+def test_a_boxed_function_behind_wrappers_is_found() -> None:
+    def inner(arguments: list[int]) -> tuple[int, ...]:
+        taken = tuple(arguments)
+        arguments.clear()
+        return taken
+
+    inner._boxed_call = True  # type: ignore[attr-defined]
+
+    def middle(*args: int) -> tuple[int, ...]:
+        return inner(list(args))
+
+    def outer(*args: int) -> tuple[int, ...]:
+        return middle(*args)
+
+    middle.__wrapped__, outer.__wrapped__ = inner, middle  # type: ignore[attr-defined]
+    assert boxed(outer) is inner
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_higher_order_operator_keeps_its_body(backend: str) -> None:
+    linear = torch.nn.Linear(4, 4)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(linear, x, use_reentrant=False)
+
+    gm, inputs = capture_call(checkpointed, X)
+    piece = Variant(gm, tuple(range(len(inputs))), (), (0,))
+    (result,) = Lowerer(resolve_backend(backend)).lower(piece, list(inputs))(list(inputs))
+    assert equal(result, linear(X))

@@ -1,0 +1,74 @@
+"""Every example has a ``main`` and runs on a CPU; those that need a compiler take ``--backend eager``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TRAINING = "train_digits"  # has tests of its own
+
+
+def load(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled() -> Iterator[None]:
+    """Dynamo counts the compilations of a function over the whole process; each test begins at zero."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_every_example_has_a_main_and_says_what_it_shows(name: str) -> None:
+    module = load(name)
+    assert callable(module.main)
+    assert f"python examples/{name}.py" in (module.__doc__ or "")
+
+
+def test_no_example_is_left_out() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"compile_backend", "dit", "own_model", TRAINING}
+
+
+def test_dit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("dit").main(["--random", "--backend", "eager", "--steps", "6", "--output", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "reused 16 of 24 (66.7%)" in output
+    assert "graph breaks 0" in output
+    assert {path.name for path in tmp_path.iterdir()} == {"207.png", "387.png"}
+
+
+# diffusers' sigma-based schedulers hand tensors to numpy 2 in a way that torch does not support yet.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+def test_dit_with_another_sampler(capsys: pytest.CaptureFixture[str]) -> None:
+    load("dit").main(["--backend", "eager", "--steps", "6", "--sampler", "dpm"])
+    assert "reused 16 of 24 (66.7%)" in capsys.readouterr().out
+
+
+def test_own_model(capsys: pytest.CaptureFixture[str]) -> None:
+    load("own_model").main(["--backend", "eager"])
+    *_, last = capsys.readouterr().out.splitlines()
+    assert 0 < float(last.rpartition(" ")[2]) < 0.01
+
+
+def test_own_model_needs_no_diffusers() -> None:
+    assert "diffusers" not in (EXAMPLES / "own_model.py").read_text(encoding="utf-8").partition('"""\n\nfrom')[2]
+
+
+def test_compile_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    load("compile_backend").main(["--backend", "eager", "--steps", "6"])
+    output = capsys.readouterr().out
+    assert "6 steps: computed 12 attentions, reused 24 (66.7%)" in output
+    assert "1 graphs, 0 graph breaks" in output
