@@ -21,6 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what was queued; nothing to wait for on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -46,10 +47,12 @@ def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch
 
 
 def median(times: Sequence[float]) -> float:
+    """The middle of the times, in their unit."""
     return statistics.median(times)
 
 
 def interquartile(times: Sequence[float]) -> float:
+    """From the first quartile of the times to the third, in their unit; 0 for a single one."""
     quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [0.0, 0.0, 0.0]
     return quartiles[2] - quartiles[0]
 
@@ -74,6 +77,7 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """``|value - reference| / |reference|`` in the L2 norm, summed in float64."""
     return float((value.double() - reference.double()).norm() / reference.double().norm())
 
 
@@ -87,6 +91,7 @@ def commit() -> str:
 
 
 def machine(device: torch.device) -> str:
+    """The name of the GPU, or the architecture and the threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -94,7 +99,13 @@ def machine(device: torch.device) -> str:
 
 def finish(rows: list[dict[str, Any]], columns: Sequence[str], device: torch.device, output: Path) -> None:
     """Write one JSON record per row and print the same rows as a table."""
-    where = {"device": str(device), "machine": machine(device), "torch": torch.__version__, "commit": commit(), "date": str(date.today())}
+    where = {
+        "device": str(device),
+        "machine": machine(device),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": str(date.today()),
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(json.dumps({**row, **where}) + "\n" for row in rows))
     print(tabulate([[row.get(c) for c in columns] for row in rows], headers=columns, floatfmt=".4g"))

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
-import common
 import dqar_fx
 
 #: The kernel-bound model spends its time in kernels, the host-bound one in Python and launches.
@@ -30,7 +30,8 @@ MODELS = {
     "host": {"layers": 28, "heads": 1, "head_dim": 16, "size": 4, "batch": 2},
 }
 COLUMNS = (
-    "model", "case", "median_ms", "iqr_ms", "vs_compile", "vs_ideal", "compile_s", "peak_mib", "cache_kib", "rel_l2_error", "runs",
+    "model", "case", "median_ms", "iqr_ms", "vs_compile", "vs_ideal", "compile_s", "peak_mib", "cache_kib",
+    "rel_l2_error", "runs",
 )  # fmt: skip
 
 
@@ -49,15 +50,36 @@ def with_constant_attention(model: nn.Module, calls: Callable[[nn.Module], Any])
     """The model with each attention module returning what it returned once."""
     for module in [m for m in model.modules() if type(m).__name__ == "Attention"]:
         seen: list[torch.Tensor] = []
-        handle = module.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
+        handle = module.register_forward_hook(appending_to(seen))
         calls(model)
         handle.remove()
         module.register_buffer("constant", seen[0].clone())
-        module.forward = (lambda m: lambda *args, **kwargs: m.constant)(module)
+        module.forward = returning_constant(module)
     return model
 
 
-def measure(name: str, rounds: int, device: torch.device, dtype: torch.dtype, cache: dqar_fx.CacheConfig) -> list[dict[str, Any]]:
+def appending_to(seen: list[torch.Tensor]) -> Callable[..., None]:
+    """A forward hook that appends what its module returned."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        seen.append(output)
+
+    return hook
+
+
+def returning_constant(module: nn.Module) -> Callable[..., Any]:
+    """A forward that returns the module's buffer ``constant``, whatever it is given."""
+
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        return module.constant
+
+    return forward
+
+
+def measure(
+    name: str, rounds: int, device: torch.device, dtype: torch.dtype, cache: dqar_fx.CacheConfig
+) -> list[dict[str, Any]]:
+    """One row for each contender, all of them on the model called ``name``."""
     shape = MODELS[name]
     model, inputs = build(**shape)
     model.to(device, dtype)
@@ -119,8 +141,9 @@ def measure(name: str, rounds: int, device: torch.device, dtype: torch.dtype, ca
     return [
         {
             "case": case, "model": f"{name}: DiT {shape['layers']} x {shape['heads'] * shape['head_dim']}, "
-            f"{batch} x {(shape['size'] // 2) ** 2} tokens", "shape": list(inputs["hidden_states"].shape), "dtype": str(dtype),
-            "steps": steps, "reused": case == "all reused", "median_ms": common.median(times[case]),
+            f"{batch} x {(shape['size'] // 2) ** 2} tokens",
+            "shape": list(inputs["hidden_states"].shape), "dtype": str(dtype), "steps": steps,
+            "reused": case == "all reused", "median_ms": common.median(times[case]),
             "iqr_ms": common.interquartile(times[case]), "runs": rounds, "compile_s": round(compile_seconds[case], 2),
             "vs_compile": common.median(times[case]) / base, "vs_ideal": common.median(times[case]) / best,
             "peak_mib": peaks[case], "cache_kib": cache_kib if case in ("all reused", "all computed + stored") else 0.0,
@@ -131,6 +154,7 @@ def measure(name: str, rounds: int, device: torch.device, dtype: torch.dtype, ca
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure the models asked for, write the records, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=40, help="timed calls of each contender")

@@ -1,6 +1,6 @@
 """Attention reuse across denoising steps as a ``torch.compile`` pass (DQAR), for diffusion transformers.
 
-    model = dqar_fx.optimize(pipe.transformer, dqar_fx.Schedule.interval(50, every=3), scheduler=pipe.scheduler)
+model = dqar_fx.optimize(pipe.transformer, dqar_fx.Schedule.interval(50, every=3), scheduler=pipe.scheduler)
 """
 
 from dqar_fx.config import CacheConfig

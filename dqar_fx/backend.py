@@ -33,8 +33,8 @@ class CaptureBackend:
 
     Args:
         runtime: takes the graphs in and runs them.
-        delimited: True if somebody else tells the runtime where a call of the model begins and ends (``optimize`` does);
-            False to read it off the graphs' own inputs.
+        delimited: True if somebody else tells the runtime where a call of the model begins and ends (``optimize``
+            does); False to read it off the graphs' own inputs.
     """
 
     def __init__(self, runtime: Runtime, delimited: bool) -> None:
@@ -43,12 +43,14 @@ class CaptureBackend:
         self.__name__ = "dqar_fx"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Take a captured graph in; what Dynamo calls in its place from now on."""
         started = time.perf_counter()
         try:
             _refuse_training(gm, example_inputs)
             graph = self.runtime.capture(gm)
         except DqarError as error:
-            # Raised here, Dynamo would wrap it in an error of its own; raised by the graph, it reaches the caller as it is.
+            # Raised here, Dynamo would wrap it in an error of its own; raised by the graph, it reaches the caller as it
+            # is.
             return _raising(error)
         finally:
             self.runtime.capture_seconds += time.perf_counter() - started
@@ -78,9 +80,13 @@ class CaptureBackend:
         return run
 
 
-def dqar_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Callable[..., Any]:
-    """The registered backend. ``options``: ``schedule`` (required), ``cache``, ``scheduler``, ``sites`` as for ``optimize``;
-    ``backend``, ``mode``, ``options`` for compiling the rewritten pieces.
+def dqar_fx(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The registered backend.
+
+    ``options``: ``schedule`` (required), ``cache``, ``scheduler`` and ``sites`` as for ``optimize``; ``backend``,
+    ``mode`` and ``options`` for compiling the rewritten pieces.
 
     Raises:
         RuntimeStateError: no ``schedule``, or an unknown option.
@@ -119,13 +125,17 @@ def make_runtime(
     """
     if not isinstance(schedule, (Schedule, Plan)):
         raise RuntimeStateError(
-            f"schedule is a {type(schedule).__name__}. Pass a dqar_fx.Schedule (for example Schedule.interval(50)) or a Plan."
+            f"schedule is a {type(schedule).__name__}. Pass a dqar_fx.Schedule (for example Schedule.interval(50)) "
+            f"or a Plan."
         )
     if not isinstance(cache, CacheConfig):
-        raise RuntimeStateError(f"cache is a {type(cache).__name__}. Pass a dqar_fx.CacheConfig, e.g. CacheConfig(dtype='int8').")
+        raise RuntimeStateError(
+            f"cache is a {type(cache).__name__}. Pass a dqar_fx.CacheConfig, e.g. CacheConfig(dtype='int8')."
+        )
     if scheduler is not None and not hasattr(scheduler, "timesteps"):
         raise RuntimeStateError(
-            f"scheduler is a {type(scheduler).__name__} without `timesteps`. Pass the pipeline's scheduler, pipe.scheduler."
+            f"scheduler is a {type(scheduler).__name__} without `timesteps`. Pass the pipeline's scheduler, "
+            f"pipe.scheduler."
         )
     return Runtime(schedule, cache, scheduler, sites, resolve_backend(backend, mode, options, dynamic))
 
@@ -137,15 +147,17 @@ def runtime_of_compiled(model: Any) -> Runtime | None:
         options = getattr(callback, "kwargs", {}).get("options")
         if options is not None and id(options) in _runtimes:
             return _runtimes[id(options)]
-        callback = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(callback, "_torchdynamo_orig_callable", None)
+        callback = getattr(callback, "_torchdynamo_orig_backend", None) or getattr(
+            callback, "_torchdynamo_orig_callable", None
+        )
     return None
 
 
 def _refuse_training(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         raise CaptureError(
-            "the model was called with gradients enabled, and its parameters or inputs require them. A stored attention has "
-            "no gradient: call the model under torch.no_grad() or torch.inference_mode()."
+            "the model was called with gradients enabled, and its parameters or inputs require them. A stored "
+            "attention has no gradient: call the model under torch.no_grad() or torch.inference_mode()."
         )
     for node in gm.graph.nodes:
         if is_attention(node):
@@ -164,7 +176,7 @@ def _refuse_training(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
 
 
 def _raising(error: DqarError) -> Callable[..., Any]:
-    def run(*arguments: Any) -> Any:
+    def run(*_arguments: Any) -> Any:
         raise error
 
     return run

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 SIZE = 8  # height and width of an image, in pixels
 NUM_CLASSES = 10  # also the index of the null class, which stands for "no class given"
 GREY_LEVELS = 16  # the data's pixels are integers from 0 to this
-GUIDANCE = 1.5  # the default; TODO why
+# The default: of 1, 1.5, 2, 3 and 4 the one whose 500 images come closest to the real digits, and every one of them is
+# read as asked. At 1 a few are not, above 2 they get visibly more alike (the numbers are in assets/digits_dit.json).
+GUIDANCE = 1.5
 WEIGHTS = "digits_dit.safetensors"
 CONFIG = "digits_dit.json"
 
@@ -116,7 +118,8 @@ def sample(
         scheduler: Any diffusers scheduler for a model that predicts the noise; by default ``make_scheduler()``.
             Its position is moved, as by any diffusers pipeline.
         progress: Show a progress bar.
-        callback: Called after each step with the step's index and the images so far, float32 ``[N, 1, 8, 8]``.
+        callback: Called after each step with the step's index and the images so far, float32 ``[N, 1, 8, 8]``, not yet
+            limited to [-1, 1].
 
     Returns:
         Images, float32 ``[N, 1, 8, 8]`` in [-1, 1] (-1: background), on the model's device.

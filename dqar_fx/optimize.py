@@ -45,12 +45,12 @@ def optimize(
         model: a diffusers transformer or any ``nn.Module`` whose attentions call ``scaled_dot_product_attention``.
         schedule: which attention reuses at which step: a ``Schedule`` or a ``Plan``.
         cache: how stored values look (INT8 per token by default).
-        scheduler: the pipeline's diffusers scheduler. With it a step is identified without reading the device, and rules
-            plan themselves for its number of steps. Without it the timestep's value is read once per call.
+        scheduler: the pipeline's diffusers scheduler. With it a step is identified without reading the device, and
+            rules plan themselves for its number of steps. Without it the timestep's value is read once per call.
         sites: which attentions to rewrite: a predicate on ``Site``, or ``fnmatch`` patterns on module paths.
         backend: what the rewritten pieces are compiled with; ``"eager"`` runs them as FX graphs, bit-identical to the
-            eager model where nothing is reused. ``mode``, ``options``, ``dynamic`` and ``fullgraph`` mean what they mean
-            to ``torch.compile``.
+            eager model where nothing is reused. ``mode``, ``options``, ``dynamic`` and ``fullgraph`` mean what they
+            mean to ``torch.compile``.
 
     Returns:
         The same module, compiled in place; ``restore`` undoes it.
@@ -66,18 +66,19 @@ def optimize(
         schedule=schedule, cache=cache, scheduler=scheduler, sites=sites, backend=backend, mode=mode, options=options,
         dynamic=dynamic,
     )  # fmt: skip
-    # Dynamo keeps what it compiled per function, and gives up (silently eager) after eight entries: with several models of
-    # one class, or one model optimised several times, each needs entries of its own. torch >= 2.13 can do that.
-    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    compiled = torch.compile(
-        model._call_impl, backend=CaptureBackend(runtime, delimited=True), dynamic=dynamic, fullgraph=fullgraph, **isolated
-    )
+    # Dynamo keeps what it compiled per function, and gives up (silently eager) after eight entries: with several models
+    # of one class, or one model optimised several times, each needs entries of its own. torch >= 2.13 can do that.
+    settings: dict[str, Any] = {"dynamic": dynamic, "fullgraph": fullgraph}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        settings["isolate_recompiles"] = True
+    compiled = torch.compile(model._call_impl, backend=CaptureBackend(runtime, delimited=True), **settings)
     names = [p for p in inspect.signature(model.forward).parameters if p != "self"]
     argument = timestep_argument(names)
     if argument is None and scheduler is None:
         warnings.warn(
-            f"{type(model).__name__}.forward({', '.join(names)}) has no argument that looks like a timestep, so no step can "
-            f"be told from another and every attention computes, unless you say which step it is: runtime.begin_step(i).",
+            f"{type(model).__name__}.forward({', '.join(names)}) has no argument that looks like a timestep, so no "
+            f"step can be told from another and every attention computes, unless you say which step it is: "
+            f"runtime.begin_step(i).",
             stacklevel=2,
         )
     model._compiled_call_impl = OptimizedCall(runtime, compiled, argument)
@@ -112,8 +113,8 @@ def runtime(model: Any) -> Runtime:
     found = runtime_of_compiled(model)
     if found is None:
         raise RuntimeStateError(
-            f"this {type(model).__name__} is not optimised. Call dqar_fx.optimize(model, schedule) first (a model compiled "
-            f'with backend="dqar_fx" has a runtime after its first call).'
+            f"this {type(model).__name__} is not optimised. Call dqar_fx.optimize(model, schedule) first (a model "
+            f'compiled with backend="dqar_fx" has a runtime after its first call).'
         )
     return found
 
@@ -127,9 +128,10 @@ class OptimizedCall:
     def __init__(self, runtime: Runtime, compiled: Callable[..., Any], timestep: tuple[str, int] | None) -> None:
         self.runtime = runtime
         self._compiled = compiled
-        self._name, self._position = timestep if timestep else ("", -1)
+        self._name, self._position = timestep or ("", -1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One evaluation of the model."""
         timestep = kwargs.get(self._name)
         if timestep is None and 0 <= self._position < len(args):
             timestep = args[self._position]
@@ -153,13 +155,16 @@ class BranchContext(StandIn):
 
     @contextmanager
     def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """The calls inside belong to branch ``name``."""
         with self.__wrapped__(name, **kwargs), self._runtime.branch(name):
             yield
 
 
 def _check_model(model: Any) -> None:
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        raise RuntimeStateError("model was compiled with torch.compile already. Pass the module itself: model._orig_mod.")
+        raise RuntimeStateError(
+            "model was compiled with torch.compile already. Pass the module itself: model._orig_mod."
+        )
     if not isinstance(model, nn.Module):
         raise CaptureError(
             f"model is a {type(model).__name__}, not an nn.Module. Pass the denoiser itself, e.g. pipe.transformer."
@@ -169,18 +174,19 @@ def _check_model(model: Any) -> None:
         raise RuntimeStateError("model is optimised already. Call dqar_fx.restore(model) first, then optimize it anew.")
     if compiled is not None:
         raise RuntimeStateError(
-            "model was compiled in place with model.compile(). dqar_fx compiles it itself: set model._compiled_call_impl = "
-            "None (or take a fresh model), then optimize it."
+            "model was compiled in place with model.compile(). dqar_fx compiles it itself: set "
+            "model._compiled_call_impl = None (or take a fresh model), then optimize it."
         )
     active = _active_dropout(model)
     if active:
         raise CaptureError(
-            f"model is in training mode with dropout ({active}): a stored attention would freeze it. Call model.eval() first."
+            f"model is in training mode with dropout ({active}): a stored attention would freeze it. "
+            f"Call model.eval() first."
         )
 
 
 def _active_dropout(model: nn.Module) -> str:
-    """The first module that would drop something in its present mode, as ``path (probability)``; "" if there is none."""
+    """The first module that would drop something in its present mode, as ``path=probability``; "" if there is none."""
     for path, module in model.named_modules():
         if not module.training:
             continue

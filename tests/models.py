@@ -27,7 +27,9 @@ def timestep(step: int, num_steps: int = NUM_STEPS, batch: int = 2) -> Tensor:
     return torch.full((batch,), 900 - (800 * step) // num_steps)
 
 
-def sample(model: nn.Module, *, seed: int = 0, steps: int = NUM_STEPS, batch: int = 2, start: Tensor | None = None) -> Tensor:
+def sample(
+    model: nn.Module, *, seed: int = 0, steps: int = NUM_STEPS, batch: int = 2, start: Tensor | None = None
+) -> Tensor:
     """One generation by a plain loop: every prediction, ``[steps, batch, 4, 8, 8]``."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 4, 8, 8, generator=generator) if start is None else start
@@ -43,7 +45,7 @@ def sample(model: nn.Module, *, seed: int = 0, steps: int = NUM_STEPS, batch: in
 
 @contextlib.contextmanager
 def replaying(model: nn.Module, plan: dqar_fx.Plan, *, quantized: bool = False) -> Iterator[None]:
-    """The oracle: each attention module returns its stored output wherever the plan reuses; a step is a call of the model."""
+    """The oracle: each attention module returns its stored output wherever the plan reuses; a step is a model call."""
     modules = [m for m in model.modules() if type(m).__name__ == "Attention"]
     stored: dict[int, tuple[Tensor, ...]] = {}
     step = [-1]
@@ -67,4 +69,3 @@ def replaying(model: nn.Module, plan: dqar_fx.Plan, *, quantized: bool = False) 
         handle.remove()
         for module in modules:
             del module.forward
-

@@ -138,7 +138,8 @@ def test_joint_attention_stores_both_streams() -> None:
     torch.manual_seed(0)
     model = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8, out_channels=4,
+        pos_embed_max_size=8,
     ).eval()  # fmt: skip
     inputs = {
         "hidden_states": torch.randn(1, 4, 8, 8), "encoder_hidden_states": torch.randn(1, 5, 16),
@@ -149,9 +150,10 @@ def test_joint_attention_stores_both_streams() -> None:
         for step in range(3):
             model(**inputs, timestep=torch.tensor([900.0 - 100 * step]))
     sites = dqar_fx.runtime(model).sites
-    assert [(s.kind, len(s.exits)) for s in sites] == [("joint", 2), ("joint", 1)] or [
-        len(s.exits) for s in sites
-    ] == [2, 1]  # the last block gives its text stream away
+    assert [(s.kind, len(s.exits)) for s in sites] == [("joint", 2), ("joint", 1)] or [len(s.exits) for s in sites] == [
+        2,
+        1,
+    ]  # the last block gives its text stream away
     assert dqar_fx.runtime(model).stats.reused == 4
 
 
@@ -169,7 +171,11 @@ def test_only_selected_sites_are_rewritten() -> None:
 def test_the_diff_shows_one_guard_a_site() -> None:
     model = dqar_fx.optimize(make_dit(), SCHEDULES[0], backend="eager")
     sample(model, steps=1)
-    added = [line for line in dqar_fx.runtime(model).diff().splitlines() if line.startswith("+") and "= reuse_or_compute(" in line]
+    added = [
+        line
+        for line in dqar_fx.runtime(model).diff().splitlines()
+        if line.startswith("+") and "= reuse_or_compute(" in line
+    ]
     assert len(added) == 3
 
 
@@ -396,9 +402,7 @@ def test_dropout_in_training_mode_is_refused() -> None:
 
 def test_a_plan_for_other_sites_or_steps_is_refused() -> None:
     compiled: list[object] = []
-    model = dqar_fx.optimize(
-        make_dit(), SCHEDULES[0].plan(5), backend=lambda gm, _: compiled.append(gm) or gm.forward
-    )
+    model = dqar_fx.optimize(make_dit(), SCHEDULES[0].plan(5), backend=lambda gm, _: compiled.append(gm) or gm.forward)
     with pytest.raises(PlanError, match=r"5.*3|3.*5"):
         sample(model)
     assert not compiled

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import fx
 
 from dqar_fx.graph.effects import changes_mode, must_keep, storages, target_name, written
 from dqar_fx.graph.guard import reuse_or_compute
 
 #: Cheap operations that a compiler fuses into whatever reads them.
-_LIGHT = frozenset(
-    "add sub mul truediv div neg pow rsqrt sqrt exp tanh sigmoid silu gelu relu clamp clip where mean layer_norm rms_norm "
-    "to type_as float half bfloat16 contiguous unsqueeze squeeze view reshape transpose permute flatten unflatten expand "
-    "dropout".split()
-)
+_LIGHT = frozenset((
+    "add", "sub", "mul", "truediv", "div", "neg", "pow", "rsqrt", "sqrt", "exp", "where", "clamp", "clip", "mean",
+    "tanh", "sigmoid", "silu", "gelu", "relu", "dropout", "layer_norm", "rms_norm",
+    "to", "type_as", "float", "half", "bfloat16",
+    "contiguous", "unsqueeze", "squeeze", "view", "reshape", "transpose", "permute", "flatten", "unflatten", "expand",
+))  # fmt: skip
 
 
 def sink(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, list[fx.Node]]]:
@@ -21,13 +24,14 @@ def sink(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, list[fx.Node]
     Before::  [... ff = linear(h); y = x + gate * ff]  [n = layer_norm(y); ...]
     After::   [... ff = linear(h)]                     [y = x + gate * ff; n = layer_norm(y); ...]
 
-    With the cut at the module's border the residual add would be a kernel of its own; moved, it fuses with the norm that
-    reads it, as it does when the whole model is compiled at once. Sound because only pure nodes move, over nodes that do
-    not depend on them, and none whose storage anything writes into. A value that a later run than the next reads stays.
+    With the cut at the module's border the residual add would be a kernel of its own; moved, it fuses with the norm
+    that reads it, as it does when the whole model is compiled at once. Sound because only pure nodes move, over nodes
+    that do not depend on them, and none whose storage anything writes into. A value that a later run than the next
+    reads stays.
     """
     touched = frozenset().union(*(storages(w) for _, run in runs for n in run for w in written(n)))
     sunk = [(label, list(run)) for label, run in runs]
-    for (_, run), (_, following) in zip(sunk, sunk[1:], strict=False):
+    for (_, run), (_, following) in itertools.pairwise(sunk):
         allowed = set(following)
         moved: list[fx.Node] = []
         for node in reversed(run):

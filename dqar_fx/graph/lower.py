@@ -36,9 +36,9 @@ def resolve_backend(
 ) -> Backend:
     """The callable that ``torch.compile`` would use for the same four arguments.
 
-    Inductor's checks of every argument's size at every call are off (``options`` can turn them on again): Dynamo's guards
-    hold the inputs of the model, the program fixed all others when it first ran, and with a piece per block these checks
-    would be a tenth of the host time of a small model.
+    Inductor's checks of every argument's size at every call are off (``options`` can turn them on again): Dynamo's
+    guards hold the inputs of the model, the program fixed all others when it first ran, and with a piece per block
+    these checks would be a tenth of the host time of a small model.
     """
     if backend == "inductor":
         settings = {**_NO_ASSERTS, **(options or {})}

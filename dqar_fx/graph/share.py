@@ -14,7 +14,8 @@ from dqar_fx.graph.partition import freeze
 from dqar_fx.graph.sites import is_attention
 
 #: An expression is shared from this many occurrences on. Two (a DiT's last layer repeats block 0's conditioning) would
-#: make the first block unlike the others, which then could not share its compiled piece: more to compile, little to gain.
+#: make the first block unlike the others, which then could not share its compiled piece: more to compile, little to
+#: gain.
 OCCURRENCES = 3
 #: Results that differ from call to call, or are written into as soon as they are made.
 _NOT_A_FUNCTION = ("rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "dropout", "empty")
@@ -27,8 +28,9 @@ def share_repeated(gm: fx.GraphModule) -> fx.GraphModule:
     After::   f = sin(t * w)  [block 0] ...f...  [block 1] ...f...  [block 2] ...
 
     A compiler that sees the whole model does this by itself (each block of a DiT embeds the same timestep); one that
-    sees a block at a time cannot. Exact: the same operators on the same inputs. Values whose storage is written in place
-    anywhere are left alone, and so is a graph that changes modes (autocast), where equal text may mean other numerics.
+    sees a block at a time cannot. Exact: the same operators on the same inputs. Values whose storage is written in
+    place anywhere are left alone, and so is a graph that changes modes (autocast), where equal text may mean other
+    numerics.
     """
     out = fork(gm)
     nodes = [n for n in out.graph.nodes if n.op in ("call_function", "call_method")]

@@ -306,11 +306,9 @@ def _kind(attentions: list[fx.Node], exits: list[fx.Node], inside: set[fx.Node],
 def _joins_streams(query: fx.Node, inside: set[fx.Node]) -> bool:
     """True if the module puts queries of two streams end to end (the last block of SD3 drops the text's output)."""
     for node in _ancestors(query, lambda n: n not in inside):
-        if (
-            target_name(node) in ("cat", "concat", "concatenate")
-            and node.args
-            and isinstance(node.args[0], (tuple, list))
-        ):
+        if node not in inside or target_name(node) not in ("cat", "concat", "concatenate"):
+            continue  # outside it may be anything, such as the two halves of a rotary table
+        if node.args and isinstance(node.args[0], (tuple, list)):
             parts = [_sources(n, lambda n: n not in inside) for n in node.args[0] if isinstance(n, fx.Node)]
             if any(not a <= b and not b <= a for a, b in itertools.combinations(parts, 2)):
                 return True

@@ -67,6 +67,7 @@ class Store:
 
     @property
     def is_empty(self) -> bool:
+        """True if no site has a value, though buffers may be allocated."""
         return all(step == EMPTY for step in self.step)
 
     def site_bytes(self, site: int) -> int:

@@ -99,9 +99,7 @@ class Clock:
         self._rising, self._moves_against = not self._rising, 0
         return self._start(2, branch, timestep=timestep)
 
-    def _start(
-        self, step: int, branch: str, *, timestep: Timestep | None = None, calendar: object = None
-    ) -> Tick:
+    def _start(self, step: int, branch: str, *, timestep: Timestep | None = None, calendar: object = None) -> Tick:
         self._step, self._timestep, self._calendar, self._branches = step, timestep, calendar, {branch}
         return Tick(step, Move.START)
 

@@ -51,7 +51,11 @@ class StepTable:
         self.reason = [tuple(plan.reason(t, s) for s in sites) for t in steps]
         self.outcomes: list[Outcomes] = [
             tuple(
-                Outcome.REUSE if plan.reuse[t, s] else Outcome.STORE if self._read_next(t, s - first) else Outcome.COMPUTE
+                Outcome.REUSE
+                if plan.reuse[t, s]
+                else Outcome.STORE
+                if self._read_next(t, s - first)
+                else Outcome.COMPUTE
                 for s in sites
             )
             for t in steps
@@ -137,7 +141,7 @@ class Generation:
         return store, reason
 
     def check_weights(self, graph: CapturedGraph, arguments: Sequence[object]) -> bool:
-        """False, once, if a parameter was replaced or written into since the last call; the stored values are dropped."""
+        """False, once, if a parameter was replaced or written into since the last call; stored values are dropped."""
         tensors = graph.parameters_of(arguments)
         try:
             versions = list(map(_version, tensors))
@@ -166,6 +170,7 @@ class Generation:
 
     @property
     def cache_bytes(self) -> int:
+        """Bytes stored, over all branches and graphs."""
         return sum(stored.store.bytes for stored in self._stores.values())
 
     def site_bytes(self) -> dict[int, int]:

@@ -52,6 +52,7 @@ class WatchedStep(StandIn):
         self._identity = weakref.ref(identity)  # the scheduler may outlive the model
 
     def __call__(self, model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        """Step as the scheduler does, then say so; a step that fails completes nothing."""
         result = self.__wrapped__(model_output, timestep, *args, **kwargs)
         identity = self._identity()
         if identity is not None:
@@ -121,8 +122,8 @@ class SchedulerIdentity:
             return None
         if not _is_view_of(timestep, timesteps):
             return None
-        offset = timestep.storage_offset() - timesteps.storage_offset()
-        index, rest = divmod(offset, timesteps.stride(0) or 1)
+        offset = int(timestep.storage_offset()) - int(timesteps.storage_offset())
+        index, rest = divmod(offset, int(timesteps.stride(0)) or 1)
         return index if not rest and 0 <= index < len(timesteps) else None
 
 
@@ -134,4 +135,3 @@ def _is_view_of(view: torch.Tensor, base: torch.Tensor) -> bool:
         and view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
         and (view.numel() == 1 or not any(s for s, n in zip(view.stride(), view.shape, strict=True) if n > 1))
     )
-

@@ -40,13 +40,15 @@ class Program:
     buffers: tuple[tuple[int, int, int], ...]  # (site, exit, part)
     results: tuple[int, ...]
     scratch: list[Any]  # initial content of the registers behind the stored tensors
-    compiled: list[tuple[BoxedCallable, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    compiled: list[tuple[BoxedCallable, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(
+        default_factory=list
+    )
 
     def bind(self, store: Store | None) -> list[torch.Tensor]:
         """The stored tensors that this program reads and writes, in register order; allocates what is missing."""
         if store is None or not self.buffers:
             return []
-        return [store.of(site)[exit][part] for site, exit, part in self.buffers]
+        return [store.of(site)[index][part] for site, index, part in self.buffers]
 
 
 class CapturedGraph:
@@ -77,8 +79,8 @@ class CapturedGraph:
         self._lowerer = lowerer
         self._variants = variants
         self._inputs = [n for n in lifted.graph.nodes if n.op == "placeholder"]
-        self._result: Sequence[Any] = next(n for n in lifted.graph.nodes if n.op == "output").args[0]  # type: ignore[assignment]
-        self._programs: dict[tuple[Outcomes, tuple[object, ...]], Program] = {}
+        self._result: Sequence[Any] = next(n for n in lifted.graph.nodes if n.op == "output").args[0]
+        self._programs: dict[tuple[Outcomes, tuple[object, ...], bool], Program] = {}
         nodes = {n.name: n for n in gm.graph.nodes}
         self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
         batches = [nodes[r.attentions[0]].meta["example_value"].shape[0] for r in regions]
@@ -101,6 +103,7 @@ class CapturedGraph:
 
     @property
     def num_sites(self) -> int:
+        """Attention sites in this graph."""
         return len(self.regions)
 
     def parameters_of(self, arguments: Sequence[Any]) -> Sequence[torch.Tensor]:
@@ -126,15 +129,17 @@ class CapturedGraph:
             ]
         return specs
 
-    def run(self, arguments: Sequence[Any], outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...]) -> list[Any]:
-        """Run the graph; ``outcomes`` has one entry for each site. Compiles what this combination needs for the first time.
+    def run(
+        self, arguments: Sequence[Any], outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...]
+    ) -> list[Any]:
+        """Run the graph, one outcome for each site; compiles what a combination needs when it first occurs.
 
         Returns what the captured graph returns, in the same order.
         """
         key = (outcomes, sizes, torch.is_inference_mode_enabled())
-        program = self._programs.get(key)  # type: ignore[call-overload]
+        program = self._programs.get(key)
         if program is None:
-            program = self._programs[key] = self.build(outcomes)  # type: ignore[index]
+            program = self._programs[key] = self.build(outcomes)
         registers = [*arguments, *self.constants, *program.bind(store), *program.scratch]
         if not program.compiled:
             return self._first_run(program, registers)
@@ -142,7 +147,7 @@ class CapturedGraph:
             given = [registers[i] for i in inputs]
             for i in freed:
                 registers[i] = None
-            for i, value in zip(outputs, function(given)):
+            for i, value in zip(outputs, function(given)):  # noqa: B905  # the hot loop; checked at the first run
                 registers[i] = value
         return [registers[i] for i in program.results]
 
@@ -160,7 +165,7 @@ class CapturedGraph:
         return [registers[i] for i in program.results]
 
     def build(self, outcomes: Outcomes) -> Program:
-        """Choose a variant for each piece, from the last to the first, so that nothing is computed that nobody reads."""
+        """Choose a variant for each piece, last to first, so that nothing is computed that nobody reads."""
         needed = {n.name for n in self._result if isinstance(n, fx.Node)}
         chosen: list[tuple[Piece, Variant]] = []
         for piece, has_effects in zip(reversed(self.pieces), reversed(self._has_effects), strict=True):

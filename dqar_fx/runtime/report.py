@@ -16,7 +16,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counts of one generation (the current or last of the calling thread), and of what has been compiled for the model.
+    """Counts of one generation (the current or last of the calling thread), and of what was compiled for the model.
 
     Attributes:
         decisions: ``(step, branch, site, action, reason)`` of every site in every call, in order.
@@ -130,11 +130,17 @@ class Report:
         ratio = data["planned_reuse_ratio"]
         head = [
             f"schedule {self.schedule}, cache {self.cache}",
-            f"captures {data['captures']}, graph breaks {len(self.breaks)}, pieces {'+'.join(map(str, self.pieces))}, "
-            f"compiled {data['variants']} in {data['compile_seconds']:.1f} s",
+            (
+                f"captures {data['captures']}, graph breaks {len(self.breaks)}, "
+                f"pieces {'+'.join(map(str, self.pieces))}, "
+                f"compiled {data['variants']} in {data['compile_seconds']:.1f} s"
+            ),
             f"planned reuse {ratio:.1%}" if ratio is not None else "no plan yet",
-            f"this generation: {data['steps']} steps, reused {data['reused']} of {data['reused'] + data['computed']} "
-            f"({data['reuse_ratio']:.1%}), cache {data['cache_bytes'] / MIB:.2f} MiB",
+            (
+                f"this generation: {data['steps']} steps, "
+                f"reused {data['reused']} of {data['reused'] + data['computed']} ({data['reuse_ratio']:.1%}), "
+                f"cache {data['cache_bytes'] / MIB:.2f} MiB"
+            ),
         ]
         rows = [
             [s["index"], s["path"], s["kind"], s["exits"], " ".join("x".join(shape) for shape in s["shapes"]),

@@ -95,8 +95,10 @@ class Runtime:
             RuntimeStateError: ``num_steps`` is not a positive number.
             PlanError, ScheduleError: the schedule cannot be planned for ``num_steps``.
         """
-        if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
-            raise RuntimeStateError(f"generation(num_steps={num_steps!r}): give the number of steps, an int of at least 1.")
+        if num_steps is not None and not _is_count(num_steps, 1):
+            raise RuntimeStateError(
+                f"generation(num_steps={num_steps!r}): give the number of steps, an int of at least 1."
+            )
         if num_steps is not None:
             self._plan_for(self._num_sites or self.schedule_sites, num_steps)
         generation = Generation(num_steps=num_steps)
@@ -114,13 +116,13 @@ class Runtime:
         Raises:
             RuntimeStateError: ``step`` is not an int, or negative.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if not _is_count(step, 0):
             raise RuntimeStateError(f"begin_step({step!r}): give the index of the step, an int that counts from 0.")
         self._generation().manual_step = step
 
     @contextmanager
     def branch(self, name: str) -> Iterator[None]:
-        """The calls inside belong to branch ``name`` (sequential guidance: "cond", "uncond"), which has its own cache."""
+        """The calls inside belong to branch ``name`` (sequential guidance: "cond", "uncond"), with its own cache."""
         generation = self._generation()
         before, generation.branch = generation.branch, name
         try:
@@ -282,8 +284,8 @@ class Runtime:
             if tick.step >= table.num_steps and not self._warned_steps:
                 self._warned_steps = True
                 warnings.warn(
-                    f"step {tick.step} was reached, but the schedule was planned for {table.num_steps} steps: from here on "
-                    f"every attention computes. Plan for the steps that run: Schedule(...num_steps=...), "
+                    f"step {tick.step} was reached, but the schedule was planned for {table.num_steps} steps: from "
+                    f"here on every attention computes. Plan for the steps that run: Schedule(...num_steps=...), "
                     f"generation(num_steps=...), or optimize(..., scheduler=pipe.scheduler).",
                     stacklevel=2,
                 )
@@ -337,7 +339,10 @@ class Runtime:
         if known is None:
             if first + count > plan.num_sites:
                 return None
-            known = self._tables[key] = (plan, StepTable(plan, first, count))  # holds the plan, so that its id stays its own
+            known = self._tables[key] = (
+                plan,
+                StepTable(plan, first, count),
+            )  # holds the plan, so that its id stays its own
         return known[1]
 
     def _wanted(self, site: Site) -> bool:
@@ -357,10 +362,11 @@ class Runtime:
         if not self._warned_eager:
             self._warned_eager = True
             warnings.warn(
-                "the model ran eager, without its compiled graphs: every attention computed. Dynamo stepped aside, because it "
-                f"is disabled here, or a dispatch mode is active, or its recompile limit was reached ({len(self._graphs)} "
-                "captures of this model so far). For the last, raise torch._dynamo.config.recompile_limit, or pass "
-                "dynamic=True if shapes keep changing; fullgraph=True shows Dynamo's own error.",
+                "the model ran eager, without its compiled graphs: every attention computed. Dynamo stepped aside, "
+                "because it is disabled here, or a dispatch mode is active, or its recompile limit was reached "
+                f"({len(self._graphs)} captures of this model so far). For the last, raise "
+                "torch._dynamo.config.recompile_limit, or pass dynamic=True if shapes keep changing; "
+                "fullgraph=True shows Dynamo's own error.",
                 stacklevel=4,
             )
 
@@ -368,9 +374,12 @@ class Runtime:
         looked = "torch.nn.functional.scaled_dot_product_attention"
         if not found:
             return (
-                f"no attention was found: the captured graph calls {looked} nowhere. Only attentions that go through it "
-                f"can be reused; `dqar-fx explain` shows what a model has."
+                f"no attention was found: the captured graph calls {looked} nowhere. Only attentions that go through "
+                f"it can be reused; `dqar-fx explain` shows what a model has."
             )
         listed = "; ".join(f"{r.site.path or r.site.exits[:1]}: {r.site.reason or 'not selected'}" for r in found[:5])
         return f"none of the {len(found)} attentions can be rewritten or was selected by `sites` ({listed})."
 
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -10,7 +10,8 @@ class StandIn:
     """Stands in for ``owner.name``; subclasses define ``__call__``.
 
     A plain function would be copied along with its owner and go on acting for the original: a deep copy of a watched
-    scheduler would then step the original scheduler. A copy (or pickle) of the owner gets its class's own method instead.
+    scheduler would then step the original scheduler. A copy (or pickle) of the owner gets its class's own method
+    instead.
     """
 
     def __init__(self, owner: Any, name: str) -> None:

@@ -48,7 +48,9 @@ def test_an_exception_inside_the_model_leaves_nothing(clean: Tensor, at: int) ->
     model = optimized()
     partial(model, at)
     with pytest.raises(RuntimeError), torch.no_grad():
-        model(torch.randn(2, 5, 8, 8), timestep=timestep(at), class_labels=torch.tensor([3, 4]))  # five channels, not four
+        model(
+            torch.randn(2, 5, 8, 8), timestep=timestep(at), class_labels=torch.tensor([3, 4])
+        )  # five channels, not four
     assert torch.equal(sample(model, seed=1), clean)
 
 
@@ -256,10 +258,15 @@ def test_a_buffer_that_the_model_writes_itself_is_no_change_of_weights() -> None
 def test_leaving_a_generation_by_an_exception_frees_it() -> None:
     model = optimized()
     runtime = dqar_fx.runtime(model)
-    with pytest.raises(KeyboardInterrupt), runtime.generation(NUM_STEPS):
-        partial(model, 3)
-        assert runtime.stats.cache_bytes > 0
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with runtime.generation(NUM_STEPS):
+            partial(model, 3)
+            assert runtime.stats.cache_bytes > 0
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert runtime.stats.cache_bytes == 0
     with runtime.generation(NUM_STEPS), torch.no_grad():
         model(torch.randn(2, 4, 8, 8), timestep=timestep(3), class_labels=torch.tensor([3, 4]))
@@ -270,6 +277,6 @@ def test_more_steps_than_planned_compute_and_warn_once() -> None:
     model = optimized(Schedule.always(3))
     with pytest.warns(UserWarning, match="planned for 3 steps") as caught:
         sample(model)
-        sample(model)
+    sample(model)  # warned once: a second warning here would be an error
     assert len(caught) == 1
     assert [d.action for d in dqar_fx.runtime(model).stats.decisions if d.step >= 3] == ["compute"] * 9
