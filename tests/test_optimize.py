@@ -383,6 +383,45 @@ def test_intermediate_values_are_freed_at_their_last_use() -> None:
         assert register in program.steps[readers[-1]].freed
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_batch_sizes_take_turns(dynamic: bool | None) -> None:
+    schedule, cache = SCHEDULES[0], CacheConfig(dtype="native")
+    model = dqar_fx.optimize(make_dit(), schedule, cache=cache, backend="eager", dynamic=dynamic)
+    for batch in (2, 3, 4, 2):
+        plain = make_dit()
+        with replaying(plain, schedule.plan(3)):
+            assert torch.equal(sample(model, batch=batch), sample(plain, batch=batch))
+        assert dqar_fx.runtime(model).stats.cache_bytes == 3 * batch * 16 * 32 * 4  # the old size is gone
+    assert dqar_fx.runtime(model).stats.captures == (1 if dynamic else 2)
+
+
+def test_numbers_of_the_model_reach_inductor_with_dynamic_shapes() -> None:
+    # dynamic=True makes the embedding's float attributes inputs, as 0-d tensors.
+    model = dqar_fx.optimize(make_dit(1), Schedule.always(2), dynamic=True)
+    reference = dqar_fx.optimize(make_dit(1), Schedule.always(2), backend="eager")
+    torch.testing.assert_close(sample(model, steps=2), sample(reference, steps=2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    start = torch.randn(2, 4, 8, 8).to(dtype)
+    plain = make_dit().to(dtype)
+    with replaying(plain, SCHEDULES[0].plan(3)):
+        expected = sample(plain, start=start)
+    cache = CacheConfig(dtype="native")
+    model = dqar_fx.optimize(make_dit().to(dtype), SCHEDULES[0], cache=cache, backend="eager")
+    assert torch.equal(sample(model, start=start), expected)
+    assert dqar_fx.runtime(model).stats.cache_bytes == 3 * 2 * 16 * 32 * 2
+
+
+def test_inference_mode_and_no_grad_share_the_cache() -> None:
+    model = dqar_fx.optimize(make_dit(), SCHEDULES[0], backend="eager")
+    first = sample(model)
+    with torch.inference_mode():
+        assert torch.equal(sample(model), first)
+    assert torch.equal(sample(model), first)
+
+
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 

@@ -105,6 +105,27 @@ def lift_constants(gm: fx.GraphModule) -> tuple[fx.GraphModule, list[torch.Tenso
     return out, constants
 
 
+def unwrap_scalars(gm: fx.GraphModule) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """Python numbers that Dynamo passes as 0-d tensors (with ``dynamic=True``), as the numbers they are.
+
+    Before::  inputs (x, s); n = s.item(); y = x * n
+    After::   inputs (x, s); y = x * s                     # and (1,), the positions of the inputs to unwrap
+    """
+    out = fork(gm)
+    positions = []
+    for position, node in enumerate(n for n in list(out.graph.nodes) if n.op == "placeholder"):
+        wrapped = getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
+        if not wrapped or not node.users or any(u.target != "item" for u in node.users):
+            continue
+        for item in list(node.users):
+            node.meta["example_value"] = item.meta.get("example_value")
+            item.replace_all_uses_with(node)
+            out.graph.erase_node(item)
+        positions.append(position)
+    out.recompile()
+    return out, tuple(positions)
+
+
 def attribute(module: torch.nn.Module, target: str) -> object:
     """What a ``get_attr`` node stands for."""
     return functools.reduce(getattr, target.split("."), module)

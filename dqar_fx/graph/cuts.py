@@ -6,7 +6,7 @@ import itertools
 
 from torch import fx
 
-from dqar_fx.graph.effects import changes_mode, must_keep, storages, target_name, written
+from dqar_fx.graph.effects import changes_mode, mode_spans, must_keep, storages, target_name, written
 from dqar_fx.graph.guard import reuse_or_compute
 
 #: Cheap operations that a compiler fuses into whatever reads them.
@@ -26,22 +26,32 @@ def sink(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, list[fx.Node]
 
     With the cut at the module's border the residual add would be a kernel of its own; moved, it fuses with the norm
     that reads it, as it does when the whole model is compiled at once. Sound because only pure nodes move, over nodes
-    that do not depend on them, and none whose storage anything writes into. A value that a later run than the next
-    reads stays.
+    that do not depend on them; none that makes or reads storage which anything writes into, and none from inside a mode
+    (autocast). A value that a later run than the next reads stays.
     """
     touched = frozenset().union(*(storages(w) for _, run in runs for n in run for w in written(n)))
     sunk = [(label, list(run)) for label, run in runs]
     for (_, run), (_, following) in itertools.pairwise(sunk):
         allowed = set(following)
+        modes = _inside_modes(run)
         moved: list[fx.Node] = []
         for node in reversed(run):
-            if node.users and all(u in allowed for u in node.users) and _may_move(node, touched):
+            if node.users and all(u in allowed for u in node.users) and node not in modes and _may_move(node, touched):
                 moved.append(node)
                 allowed.add(node)
         gone = set(moved)
         run[:] = [n for n in run if n not in gone]
         following[:0] = reversed(moved)
     return [(label, run) for label, run in sunk if run]
+
+
+def _inside_modes(run: list[fx.Node]) -> set[fx.Node]:
+    """The nodes of a run between a change of mode and its end, where the same operator may compute something else."""
+    position = {node: i for i, node in enumerate(run)}
+    inside: set[fx.Node] = set()
+    for start, end in mode_spans(run):
+        inside.update(run[position[start] : position[end] if end is not None else None])
+    return inside
 
 
 def _may_move(node: fx.Node, touched: frozenset[int]) -> bool:
@@ -51,5 +61,5 @@ def _may_move(node: fx.Node, touched: frozenset[int]) -> bool:
         and not must_keep(node)
         and not changes_mode(node)
         and not written(node)
-        and not storages(node) & touched
+        and not any(storages(n) & touched for n in (node, *node.all_input_nodes))
     )

@@ -17,8 +17,8 @@ from dqar_fx.graph.sites import is_attention
 #: make the first block unlike the others, which then could not share its compiled piece: more to compile, little to
 #: gain.
 OCCURRENCES = 3
-#: Results that differ from call to call, or are written into as soon as they are made.
-_NOT_A_FUNCTION = ("rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "dropout", "empty")
+#: Parts of the names of operators whose results differ from call to call, or are written into as soon as they are made.
+_NOT_A_FUNCTION = ("rand", "bernoulli", "multinomial", "normal", "poisson", "gumbel", "rrelu", "dropout", "empty")
 
 
 def share_repeated(gm: fx.GraphModule) -> fx.GraphModule:
@@ -28,9 +28,9 @@ def share_repeated(gm: fx.GraphModule) -> fx.GraphModule:
     After::   f = sin(t * w)  [block 0] ...f...  [block 1] ...f...  [block 2] ...
 
     A compiler that sees the whole model does this by itself (each block of a DiT embeds the same timestep); one that
-    sees a block at a time cannot. Exact: the same operators on the same inputs. Values whose storage is written in
-    place anywhere are left alone, and so is a graph that changes modes (autocast), where equal text may mean other
-    numerics.
+    sees a block at a time cannot. Exact: the same operators on the same inputs. What makes or reads storage
+    that is written in place anywhere is left alone, and so is a graph that changes modes (autocast), where equal text
+    may mean other numerics.
     """
     out = fork(gm)
     nodes = [n for n in out.graph.nodes if n.op in ("call_function", "call_method")]
@@ -70,8 +70,8 @@ def _is_function(node: fx.Node, touched: frozenset[int]) -> bool:
         or written(node)
         or is_attention(node)
         or node.target is reuse_or_compute
-        or storages(node) & touched
-        or any(target_name(node).startswith(name) for name in _NOT_A_FUNCTION)
+        or any(storages(n) & touched for n in (node, *node.all_input_nodes))
+        or any(name in target_name(node) for name in _NOT_A_FUNCTION)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from dqar_fx.runtime.clock import Clock, Move, Tick
 from dqar_fx.runtime.program import CapturedGraph, Outcomes
 
 NEW_GENERATION = "new-generation"
+#: Calls whose decisions are remembered; a loop whose steps cannot be told apart is one endless generation.
+LOGGED_CALLS = 8192
 _version = operator.attrgetter("_version")
 
 
@@ -116,7 +119,9 @@ class Generation:
     clock: Clock = field(default_factory=Clock)
     branch: str = ""
     manual_step: int | None = None
-    log: list[tuple[int, str, int, Outcomes, tuple[str, ...]]] = field(default_factory=list)
+    log: deque[tuple[int, str, int, Outcomes, tuple[str, ...]]] = field(
+        default_factory=lambda: deque(maxlen=LOGGED_CALLS)
+    )
     _stores: dict[tuple[str, int], _Stored] = field(default_factory=dict)
     _weights: dict[int, tuple[Sequence[torch.Tensor], list[int]]] = field(default_factory=dict)
 

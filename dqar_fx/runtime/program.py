@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from dqar_fx.config import CacheConfig
-from dqar_fx.graph.capture import is_parameter, lift_constants, source_name
+from dqar_fx.graph.capture import is_parameter, lift_constants, source_name, unwrap_scalars
 from dqar_fx.graph.effects import must_keep, storages, written
 from dqar_fx.graph.guard import guard_sites
 from dqar_fx.graph.lower import BoxedCallable, Lowerer
@@ -74,6 +74,7 @@ class CapturedGraph:
         self.regions = tuple(regions)
         self.guarded = guard_sites(gm, regions)
         lifted, self.constants = lift_constants(self.guarded)
+        lifted, self._scalars = unwrap_scalars(lifted)
         lifted = share_repeated(lifted)
         self.pieces: list[Piece] = partition(lifted, regions, fuse=True)
         self._lowerer = lowerer
@@ -112,16 +113,18 @@ class CapturedGraph:
         return self._parameters_of(arguments) if self._parameters_of is not None else ()
 
     def sizes_of(self, arguments: Sequence[Any]) -> tuple[object, ...]:
-        """The sizes that this call has where the graph was captured with symbolic ones."""
-        return tuple(arguments[i] for i in self.sizes)
+        """The sizes, and other numbers, that this call has where the graph was captured with symbolic ones."""
+        sizes = (arguments[i] for i in self.sizes)
+        return tuple(s.item() if isinstance(s, torch.Tensor) else s for s in sizes)  # on the host: no device is read
 
     def specs(self, sizes: tuple[object, ...]) -> list[list[ExitSpec]]:
         """What to allocate for each exit, ``[site][exit]``, at the given sizes."""
         specs = self._specs.get(sizes)
         if specs is None:
             values = {
-                str(self._inputs[i].meta["example_value"]): int(size)  # type: ignore[call-overload]
+                str(self._inputs[i].meta["example_value"]): size
                 for i, size in zip(self.sizes, sizes, strict=True)
+                if isinstance(size, int)
             }
             specs = self._specs[sizes] = [
                 [_exit_spec(value, layout, values) for value, layout in zip(exits, layouts, strict=True)]
@@ -141,6 +144,8 @@ class CapturedGraph:
         if program is None:
             program = self._programs[key] = self.build(outcomes)
         registers = [*arguments, *self.constants, *program.bind(store), *program.scratch]
+        for i in self._scalars:
+            registers[i] = registers[i].item()
         if not program.compiled:
             return self._first_run(program, registers)
         for function, inputs, outputs, freed in program.compiled:

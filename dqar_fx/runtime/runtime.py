@@ -99,8 +99,9 @@ class Runtime:
             raise RuntimeStateError(
                 f"generation(num_steps={num_steps!r}): give the number of steps, an int of at least 1."
             )
-        if num_steps is not None:
-            self._plan_for(self._num_sites or self.schedule_sites, num_steps)
+        sites = self.schedule.num_sites if isinstance(self.schedule, Plan) else self._num_sites
+        if num_steps is not None and sites is not None:
+            self._plan_for(sites, num_steps)  # refused here, if it does not fit, and not in the middle of the run
         generation = Generation(num_steps=num_steps)
         token = _entered.set((*_entered.get(), (self, generation)))
         try:
@@ -318,11 +319,6 @@ class Runtime:
         if generation.num_steps is not None:
             return generation.num_steps
         return self._scheduler.num_steps if self._scheduler is not None else None
-
-    @property
-    def schedule_sites(self) -> int:
-        """Number of sites to check a schedule with before the model's own number is known."""
-        return self.schedule.num_sites if isinstance(self.schedule, Plan) else 1
 
     def _plan_for(self, num_sites: int, num_steps: int | None) -> Plan:
         plan = self._plans.get((num_sites, num_steps))

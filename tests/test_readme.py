@@ -1,0 +1,48 @@
+"""The README's Python runs as it stands, in order, with a small random pipeline in place of the one from the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib as mpl
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+import dqar_fx
+from tests.models import make_dit
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    mpl.use("Agg")
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(50)
+    pipe = SimpleNamespace(transformer=make_dit(), scheduler=scheduler)
+    hub = SimpleNamespace(from_pretrained=lambda _name: pipe)
+    names = {"DiTPipeline": hub, "model": pipe.transformer, "timesteps": scheduler.timesteps, "torch": torch}
+    assert len(BLOCKS) == 5
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    assert isinstance(names["plan"], dqar_fx.Plan)
+    assert (tmp_path / "plan.png").stat().st_size > 1000
+    with pytest.raises(dqar_fx.RuntimeStateError):  # the last but one block restores it
+        dqar_fx.runtime(pipe.transformer)
+
+
+def test_the_commands_of_the_readme_are_those_of_ci() -> None:
+    ci = (Path(__file__).parent.parent / ".ci" / "run").read_text(encoding="utf-8")
+    for part in ("-c .ci/constraints.txt .", "dqar-fx demo", "-c .ci/constraints.txt -e '.[dev]'", "pytest"):
+        assert part in README
+        assert part in ci
+
+
+def test_every_file_the_readme_shows_exists() -> None:
+    root = Path(__file__).parent.parent
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (root / path).is_file(), path
