@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the models asked for, write the records, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=40, help="timed calls of each contender")
+    parser.add_argument("--rounds", type=int, default=100, help="timed calls of each contender")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--cache", default="int8", help="int8, native, int8:channel, ...")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from dqar_fx.graph.specialise import ExitLayout, Outcome, Variant, exit_layout, 
 from dqar_fx.runtime.cache import ExitSpec, Store
 
 Outcomes = tuple[Outcome, ...]
+_Gather = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 @dataclass(slots=True)
@@ -29,7 +30,7 @@ class _Step:
     variant: Variant
     arguments: tuple[int, ...]  # registers, in calling order
     results: tuple[int, ...]
-    freed: tuple[int, ...]  # registers nobody reads after this
+    freed: tuple[int, ...]  # intermediate values that nobody reads after this (inputs are held by the caller anyway)
 
 
 @dataclass(slots=True, eq=False)
@@ -40,9 +41,8 @@ class Program:
     buffers: tuple[tuple[int, int, int], ...]  # (site, exit, part)
     results: tuple[int, ...]
     scratch: list[Any]  # initial content of the registers behind the stored tensors
-    compiled: list[tuple[BoxedCallable, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = field(
-        default_factory=list
-    )
+    #: (compiled piece, what gathers its arguments, result registers, registers to free)
+    compiled: list[tuple[BoxedCallable, _Gather, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
     def bind(self, store: Store | None) -> list[torch.Tensor]:
         """The stored tensors that this program reads and writes, in register order; allocates what is missing."""
@@ -95,7 +95,7 @@ class CapturedGraph:
         self.parameters = tuple(
             i for i, n in enumerate(given) if is_parameter(n) and not _is_number(n) and not storages(n) & own
         )
-        self._parameters_of = operator.itemgetter(*self.parameters, *self.parameters[:1]) if self.parameters else None
+        self._parameters_of = _getter(self.parameters)
         self.sizes = tuple(i for i, n in enumerate(given) if _is_number(n))
         self.sources = tuple(source_name(n) for n in given)
         self._specs: dict[tuple[object, ...], list[list[ExitSpec]]] = {}
@@ -109,8 +109,7 @@ class CapturedGraph:
 
     def parameters_of(self, arguments: Sequence[Any]) -> Sequence[torch.Tensor]:
         """Those of a call's arguments that are the model's own state."""
-        # itemgetter is a single call into C; it gives a tuple for two items and more only, hence the doubled first one.
-        return self._parameters_of(arguments) if self._parameters_of is not None else ()
+        return self._parameters_of(arguments)
 
     def sizes_of(self, arguments: Sequence[Any]) -> tuple[object, ...]:
         """The sizes, and other numbers, that this call has where the graph was captured with symbolic ones."""
@@ -148,8 +147,8 @@ class CapturedGraph:
             registers[i] = registers[i].item()
         if not program.compiled:
             return self._first_run(program, registers)
-        for function, inputs, outputs, freed in program.compiled:
-            given = [registers[i] for i in inputs]
+        for function, arguments_of, outputs, freed in program.compiled:
+            given = list(arguments_of(registers))
             for i in freed:
                 registers[i] = None
             for i, value in zip(outputs, function(given)):  # noqa: B905  # the hot loop; checked at the first run
@@ -165,7 +164,7 @@ class CapturedGraph:
                 registers[i] = None
             for i, value in zip(step.results, function(given), strict=True):
                 registers[i] = value
-            compiled.append((function, step.arguments, step.results, step.freed))
+            compiled.append((function, _getter(step.arguments), step.results, step.freed))
         program.compiled = compiled  # only now: an exception on the way leaves the program to be built again
         return [registers[i] for i in program.results]
 
@@ -216,9 +215,16 @@ class CapturedGraph:
                 scratch.append(value)
         alive = set(final)
         for step in reversed(steps):
-            step.freed = tuple(sorted({*step.arguments, *step.results} - alive - set(step.results)))
+            step.freed = tuple(sorted(i for i in {*step.arguments} - alive if i >= first_scratch))
             alive |= set(step.arguments)
         return Program(steps, tuple(buffers), tuple(final), scratch)
+
+
+def _getter(registers: tuple[int, ...]) -> _Gather:
+    """What picks these registers: one call into C, where there are several (a single one comes without a tuple)."""
+    if len(registers) > 1:
+        return operator.itemgetter(*registers)
+    return lambda values: [values[i] for i in registers]
 
 
 def _has_effects(gm: fx.GraphModule) -> bool:
