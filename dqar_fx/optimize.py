@@ -88,7 +88,9 @@ def optimize(
 
 
 def restore(model: Module) -> Module:
-    """Undo ``optimize``: the module is exactly as it was before, and what was stored and compiled for it is freed.
+    """Undo ``optimize``: the module (and the scheduler) is exactly as it was before, and what was stored is freed.
+
+    Compiled code stays in Dynamo's own cache, as that of ``torch.compile`` does, until ``torch._dynamo.reset()``.
 
     Raises:
         RuntimeStateError: the model is not optimised.

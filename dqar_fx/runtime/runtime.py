@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from types import FrameType
 from typing import Any
 
 from torch import fx
@@ -31,7 +33,29 @@ SiteFilter = Callable[[Site], bool] | str | Sequence[str] | None
 
 #: Generations entered with ``Runtime.generation`` and not left, innermost last. A context variable, so that threads and
 #: asyncio tasks (and ``asyncio.to_thread``) each see their own.
-_entered: ContextVar[tuple[tuple[Runtime, Generation], ...]] = ContextVar("dqar_fx_generations", default=())
+_entered: ContextVar[tuple[_Entered, ...]] = ContextVar("dqar_fx_generations", default=())
+
+
+class _Entered:
+    """A generation as a context manager; remembers the frame of the ``with`` statement for as long as it is open."""
+
+    def __init__(self, runtime: Runtime, num_steps: int | None) -> None:
+        self.runtime = runtime
+        self.generation = Generation(num_steps=num_steps)
+        self.frame: FrameType | None = None
+
+    def __enter__(self) -> Runtime:
+        if self in _entered.get():
+            raise RuntimeStateError("this generation is entered already. Make another: runtime.generation(num_steps).")
+        self.frame = sys._getframe(1)
+        _entered.set((*_entered.get(), self))
+        return self.runtime
+
+    def __exit__(self, *_: object) -> None:
+        _entered.set(tuple(entered for entered in _entered.get() if entered is not self))
+        self.frame = None
+        self.generation.free()
+        self.runtime._threads.last = self.generation
 
 
 @dataclass(slots=True)
@@ -84,12 +108,12 @@ class Runtime:
 
     # -- what a user calls ------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def generation(self, num_steps: int | None = None) -> Iterator[Runtime]:
-        """Everything inside is one sampling run of ``num_steps`` steps; all it stored is freed on leaving, however.
+    def generation(self, num_steps: int | None = None) -> AbstractContextManager[Runtime]:
+        """``with rt.generation(50): ...``: everything inside is one sampling run of ``num_steps`` steps.
 
-        Generations nest, and each thread or asyncio task has its own; what one stores no other ever reads. Rules plan
-        themselves anew for ``num_steps``; a ``Plan`` must have been made for it.
+        All it stored is freed on leaving, however it is left. Generations nest, and each thread, asyncio task and
+        generator has its own; what one stores no other ever reads. Rules plan themselves anew for ``num_steps``; a
+        ``Plan`` must have been made for it.
 
         Raises:
             RuntimeStateError: ``num_steps`` is not a positive number.
@@ -102,14 +126,7 @@ class Runtime:
         sites = self.schedule.num_sites if isinstance(self.schedule, Plan) else self._num_sites
         if num_steps is not None and sites is not None:
             self._plan_for(sites, num_steps)  # refused here, if it does not fit, and not in the middle of the run
-        generation = Generation(num_steps=num_steps)
-        token = _entered.set((*_entered.get(), (self, generation)))
-        try:
-            yield self
-        finally:
-            _entered.reset(token)
-            generation.free()
-            self._threads.last = generation
+        return _Entered(self, num_steps)
 
     def begin_step(self, step: int) -> None:
         """The calls from here to the next ``begin_step`` are step ``step`` (counted from 0) of this generation.
@@ -300,10 +317,18 @@ class Runtime:
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _generation(self) -> Generation:
-        for owner, generation in reversed(_entered.get()):
-            if owner is self:
-                return generation
-        return self._threads.implicit
+        mine = [entered for entered in _entered.get() if entered.runtime is self]
+        if not mine:
+            return self._threads.implicit
+        if len(mine) > 1:
+            # Nested, or generators that take turns: of those, only the one that runs now has its frame on the stack.
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None:
+                for entered in reversed(mine):
+                    if entered.frame is frame:
+                        return entered.generation
+                frame = frame.f_back
+        return mine[-1].generation
 
     def _identify(self, generation: Generation, timestep: object) -> Tick:
         clock, branch = generation.clock, generation.branch

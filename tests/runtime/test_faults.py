@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import dqar_fx
 from dqar_fx import CacheConfig, Schedule
+from dqar_fx.runtime.runtime import _entered
 from tests.models import NUM_STEPS, make_dit, sample, timestep
 
 SCHEDULE = Schedule.interval(NUM_STEPS, every=3, warmup=2)
@@ -153,6 +155,45 @@ def test_a_generation_inside_another_touches_nothing_of_it() -> None:
         *_, rest = outer
     assert torch.equal(rest, alone[0])
     assert torch.equal(inner, alone[1])
+
+
+def test_two_generators_that_take_turns_each_give_what_they_give_alone() -> None:
+    model = optimized()
+    alone = sample(model, seed=1), sample(model, seed=2)
+    runtime = dqar_fx.runtime(model)
+
+    def entered(seed: int):  # type: ignore[no-untyped-def]
+        with runtime.generation(NUM_STEPS):
+            yield from loop(model, seed)
+
+    first, second = entered(1), entered(2)
+    next(first)  # one step ahead
+    for got in zip(first, second, strict=False):
+        last = got
+    *_, rest = second
+    assert torch.equal(last[0], alone[0])
+    assert torch.equal(rest, alone[1])
+    assert not _entered.get()
+
+
+def test_tasks_that_take_turns_each_give_what_they_give_alone() -> None:
+    model = optimized()
+    alone = sample(model, seed=1), sample(model, seed=2)
+    runtime = dqar_fx.runtime(model)
+
+    async def task(seed: int) -> Tensor:
+        with runtime.generation(NUM_STEPS):
+            steps = loop(model, seed)
+            for _ in range(NUM_STEPS):
+                out = await asyncio.to_thread(next, steps)
+            return out
+
+    async def both() -> list[Tensor]:
+        return await asyncio.gather(task(1), task(2))
+
+    got = asyncio.run(both())
+    assert torch.equal(got[0], alone[0])
+    assert torch.equal(got[1], alone[1])
 
 
 def test_two_runs_interleaved_without_a_word_compute_and_never_mix() -> None:
