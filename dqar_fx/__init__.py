@@ -3,6 +3,9 @@
 model = dqar_fx.optimize(pipe.transformer, dqar_fx.Schedule.interval(50, every=3), scheduler=pipe.scheduler)
 """
 
+import importlib
+from types import ModuleType
+
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CacheError, CaptureError, DqarError, PlanError, RuntimeStateError, ScheduleError
 from dqar_fx.graph.sites import Site
@@ -32,3 +35,10 @@ __all__ = [
     "restore",
     "runtime",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``dqar_fx.digits`` on first use: it imports diffusers, which takes seconds and which the rest does not need."""
+    if name == "digits":
+        return importlib.import_module("dqar_fx.digits")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

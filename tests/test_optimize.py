@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -285,6 +287,13 @@ def test_reset_frees_and_starts_anew() -> None:
     with torch.no_grad():
         model(torch.randn(2, 4, 8, 8), timestep=timestep(3), class_labels=torch.tensor([1, 2]))
     assert {d.step for d in runtime.stats.decisions} == {0}
+
+
+def test_the_package_imports_without_diffusers_until_the_digits_are_asked_for() -> None:
+    code = "import sys, dqar_fx; assert 'diffusers' not in sys.modules; dqar_fx.digits.load; assert 'diffusers' in sys.modules"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dqar_fx.nothing  # noqa: B018
 
 
 # -- living with the module -------------------------------------------------------------------------------------------
