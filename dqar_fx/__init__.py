@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``dqar_fx.digits`` on first use: it imports diffusers, which takes seconds and which the rest does not need."""
+    """``dqar_fx.digits`` on first use: only the demo and who wants a trained model need it."""
     if name == "digits":
         return importlib.import_module("dqar_fx.digits")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
