@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import matplotlib as mpl
 import pytest
 import torch
@@ -25,7 +26,8 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     scheduler.set_timesteps(50)
     pipe = SimpleNamespace(transformer=make_dit(), scheduler=scheduler)
     hub = SimpleNamespace(from_pretrained=lambda _name: pipe)
-    names = {"DiTPipeline": hub, "model": pipe.transformer, "timesteps": scheduler.timesteps, "torch": torch}
+    monkeypatch.setattr(diffusers, "DiTPipeline", hub)
+    names = {"model": pipe.transformer, "timesteps": scheduler.timesteps, "torch": torch}
     assert len(BLOCKS) == 5
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
