@@ -1,8 +1,8 @@
 """Train the small diffusion transformer that ships with ``dqar_fx`` on scikit-learn's 8 x 8 digits.
 
     python examples/train_digits.py --out dqar_fx/assets             # the shipped weights: about 40 minutes on 2 cores
-    python examples/train_digits.py --out /tmp/digits --steps 20     # a smoke run
-    python examples/train_digits.py --out /tmp/digits --resume       # go on where an interrupted run stopped
+    python examples/train_digits.py --out runs/digits --steps 20     # a smoke run
+    python examples/train_digits.py --out runs/digits --resume       # go on where an interrupted run stopped
 
 The model is a class-conditional DiT (Peebles & Xie 2023, arXiv:2212.09748) on pixels, trained to predict the noise
 (Ho et al. 2020, arXiv:2006.11239) with 10 % of the labels dropped for classifier-free guidance (Ho & Salimans 2022,
