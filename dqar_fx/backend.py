@@ -12,10 +12,11 @@ from torch import fx
 
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CaptureError, DqarError, RuntimeStateError
+from dqar_fx.graph.attentions import dropout_probability, is_attention
 from dqar_fx.graph.effects import target_name
 from dqar_fx.graph.lower import resolve_backend
-from dqar_fx.graph.sites import is_attention
 from dqar_fx.plan import Plan
+from dqar_fx.runtime.conditioning import SourceReader
 from dqar_fx.runtime.identity import timestep_argument
 from dqar_fx.runtime.program import CapturedGraph
 from dqar_fx.runtime.runtime import Runtime
@@ -35,17 +36,21 @@ class CaptureBackend:
         runtime: takes the graphs in and runs them.
         delimited: True if somebody else tells the runtime where a call of the model begins and ends (``optimize``
             does); False to read it off the graphs' own inputs.
+        check: called before each capture; raises if the model has become one that cannot be captured.
     """
 
-    def __init__(self, runtime: Runtime, delimited: bool) -> None:
+    def __init__(self, runtime: Runtime, delimited: bool, check: Callable[[], None] | None = None) -> None:
         self.runtime = runtime
         self._delimited = delimited
+        self._check = check
         self.__name__ = "dqar_fx"
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Take a captured graph in; what Dynamo calls in its place from now on."""
         started = time.perf_counter()
         try:
+            if self._check is not None:
+                self._check()
             _refuse_training(gm, example_inputs)
             graph = self.runtime.capture(gm)
         except DqarError as error:
@@ -69,12 +74,13 @@ class CaptureBackend:
         names = [s[3:-2] if s.startswith("L['") and s.endswith("']") else "" for s in graph.sources]
         found = timestep_argument(names)
         position = found[1] if found else None
+        reader = SourceReader(graph.sources, position)
         # A graph that goes on where a break left off belongs to the call that began before it.
         begins = not runtime.after_break(graph)
 
         def run(*arguments: Any) -> list[Any]:
             if begins:
-                runtime.begin_call(arguments[position] if position is not None else None)
+                runtime.begin_call(arguments[position] if position is not None else None, reader(arguments))
             return runtime.run(graph, arguments)
 
         return run
@@ -161,8 +167,8 @@ def _refuse_training(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         )
     for node in gm.graph.nodes:
         if is_attention(node):
-            p = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-            active = isinstance(p, (int, float)) and p > 0
+            p = dropout_probability(node)
+            active = p > 0
         elif node.op == "call_function" and target_name(node) == "dropout":
             p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
             training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)

@@ -27,6 +27,12 @@ class CacheConfig:
             head      ``[B, 1, H]``  over the tokens and channels of one head
             ========= ============== ==========================================
 
+        device: ``None``: beside the model. ``"cpu"``: in host memory (pinned where the model runs on CUDA), for video
+            models whose cache does not fit on the device: values are copied out and back asynchronously, one piece of
+            the model ahead.
+        keep_buffers: keep the stored values' memory from one generation for the next, at the same addresses, instead
+            of freeing it when a generation ends.
+
     Raises:
         CacheError: for a value that is not listed above.
     """
@@ -34,18 +40,26 @@ class CacheConfig:
     target: str = "output"
     dtype: str = "int8"
     granularity: str = "token"
+    device: str | None = None
+    keep_buffers: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("target", TARGETS), ("dtype", DTYPES), ("granularity", GRANULARITIES)):
             value = getattr(self, name)
             if value not in allowed:
                 raise CacheError(f"CacheConfig.{name} is {value!r}. Use {' or '.join(repr(a) for a in allowed)}.")
+        if self.device not in (None, "cpu"):
+            raise CacheError(
+                f"CacheConfig.device is {self.device!r}. Use None (beside the model) or 'cpu' (in host memory)."
+            )
 
     @classmethod
     def parse(cls, text: str) -> CacheConfig:
-        """``"int8"``, ``"native"`` or ``"int8:channel"``, as on a command line."""
-        dtype, _, granularity = text.partition(":")
-        return cls(dtype=dtype, granularity=granularity or "token")
+        """``"int8"``, ``"native"`` or ``"int8:channel"``, as on a command line; with ``"@cpu"`` for host memory."""
+        layout, _, device = text.partition("@")
+        dtype, _, granularity = layout.partition(":")
+        return cls(dtype=dtype, granularity=granularity or "token", device=device or None)
 
     def __str__(self) -> str:
-        return self.dtype if self.dtype == "native" else f"{self.dtype}:{self.granularity}"
+        layout = self.dtype if self.dtype == "native" else f"{self.dtype}:{self.granularity}"
+        return f"{layout}@{self.device}" if self.device else layout

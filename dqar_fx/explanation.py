@@ -25,9 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CaptureError
 from dqar_fx.example_inputs import example_inputs, wants_values
+from dqar_fx.graph.attentions import is_attention, is_fused_layer
 from dqar_fx.graph.flops import Work, speedup_bound
 from dqar_fx.graph.inspect import Capture, capture_graphs, describe
-from dqar_fx.graph.sites import Region, find_sites, is_attention
+from dqar_fx.graph.sites import Region, find_sites
 from dqar_fx.plan import Plan
 from dqar_fx.schedule import Schedule
 
@@ -68,10 +69,14 @@ def explain(
     left: list[dict[str, str]] = []
     regions: list[list[Region]] = []
     paths: list[str] = []
+    operators = written_out = 0  # attentions that are one operator, and those that are found in graphs only
     for gm in capture.graphs:
         own: list[Region] = []
+        fused = {node.name for node in gm.graph.nodes if is_attention(node) or is_fused_layer(node)}
+        operators += len(fused)
         for region in find_sites(gm):
             site = region.site
+            written_out += fused.isdisjoint(region.attentions)
             paths.append(site.path)
             if not site.reason and patterns and not any(fnmatchcase(site.path, p) for p in patterns):
                 site = replace(site, reason="not selected by --sites")
@@ -83,15 +88,14 @@ def explain(
         regions.append(own)
     if not paths:
         raise CaptureError(
-            f"no attention was found in {type(model).__name__}: it calls "
+            f"no attention was found in {type(model).__name__}: it calls an attention operator such as "
             f"torch.nn.functional.scaled_dot_product_attention "
-            f"{'only outside of the graphs that Dynamo captures' if capture.attentions else 'nowhere'}. "
-            f"Only attentions that go through it, in a captured graph, can be reused."
+            f"{'only outside of the graphs that Dynamo captures' if capture.attentions else 'nowhere'}, and no module "
+            f"that is called an attention multiplies activations. Only these, in a captured graph, can be reused."
         )
     if patterns and all(entry["reason"] == "not selected by --sites" for entry in left) and not any(regions):
         raise CaptureError(f"--sites {' '.join(patterns)} matches none of the sites. Their paths: {', '.join(paths)}.")
     work = Work(capture.graphs, regions, cache)
-    captured = sum(is_attention(node) for gm in capture.graphs for node in gm.graph.nodes)
     sites = [region.site for own in regions for region in own]
     plan = schedule.plan(len(sites)) if sites else None
     saved = [work.total - work.of(row.tolist()) for row in plan.reuse] if plan else [0]
@@ -122,8 +126,8 @@ def explain(
         "gflop_per_call": work.total / 1e9,
         "captures": len(capture.graphs),
         "graph_breaks": [{"reason": b.reason, "where": b.where} for b in capture.breaks],
-        "attentions": capture.attentions,
-        "attentions_captured": captured,
+        "attentions": written_out + capture.attentions,
+        "attentions_captured": written_out + operators,
         "schedule": str(schedule),
         "cache": str(cache),
         "num_steps": plan.num_steps if plan else None,

@@ -236,7 +236,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder to write to")
     parser.add_argument("--steps", type=int, default=8000, help="optimizer steps at most")
-    parser.add_argument("--minutes", type=float, default=45.0, help="training time at most; the decay ends with it")
+    parser.add_argument("--minutes", type=float, default=40.0, help="training time at most; the decay ends with it")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)

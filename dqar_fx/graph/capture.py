@@ -64,6 +64,14 @@ def source_name(placeholder: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def state_name(placeholder: fx.Node) -> str:
+    """Name of the parameter or buffer that an input is, in the module whose forward was captured; "" for others."""
+    source = source_name(placeholder)
+    if not source.startswith("L['self']") or ("_parameters[" not in source and "_buffers[" not in source):
+        return ""
+    return clean_path(source).replace("._parameters.", ".").replace("._buffers.", ".")
+
+
 def is_parameter(placeholder: fx.Node) -> bool:
     """True for an input that is state of the module (parameter, buffer, attribute), not an argument of the call."""
     if placeholder.op == "get_attr":

@@ -14,8 +14,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.multiprocessing.reductions import StorageWeakRef
 
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _INPLACE_OPERATORS = frozenset(
     {
         operator.iadd,
@@ -73,6 +75,21 @@ def _storage(tensor: torch.Tensor, node: fx.Node) -> int:
         return id(node)
 
 
+def has_late_size(node: fx.Node) -> bool:
+    """True if a size in the value of ``node``, or the value itself, is known only when the graph runs (``nonzero``)."""
+    value = node.meta.get("example_value")
+    return bool(free_unbacked_symbols([value] if isinstance(value, _SYMBOLIC) else list(tensors_of(value))))
+
+
+def finds_size(node: fx.Node) -> bool:
+    """True for a call whose result has a size that depends on values (``nonzero``, a boolean mask, ``item``)."""
+    return (
+        node.op in ("call_function", "call_method")
+        and has_late_size(node)
+        and not any(has_late_size(argument) for argument in node.all_input_nodes)
+    )
+
+
 def target_name(node: fx.Node) -> str:
     """What ``node`` calls, without the module: ``add``, ``copy_``, ``scaled_dot_product_attention``."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
@@ -109,6 +126,8 @@ def _nodes(argument: object) -> Iterator[fx.Node]:
 
 def writers(nodes: Iterable[fx.Node], touched: frozenset[int]) -> list[fx.Node]:
     """Those of ``nodes`` that write into one of the storages ``touched``."""
+    if not touched:
+        return []
     return [node for node in nodes if any(storages(target) & touched for target in written(node))]
 
 
@@ -121,7 +140,9 @@ def _schemas(target: object) -> list[torch.FunctionSchema]:
 
 def _writes_first_argument(node: fx.Node) -> bool:
     name = target_name(node)
-    if node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")):
+    if getattr(node.target, "__module__", "") == "_operator":
+        return node.target in _INPLACE_OPERATORS  # `and_` and `or_` end like a method that writes, and do not
+    if name.endswith("_") and not name.endswith("__"):
         return True
     if node.op == "call_method":
         return name in _INPLACE_METHODS
@@ -234,3 +255,14 @@ def closure_forward(start: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.No
                 reached.add(user)
                 pending.append(user)
     return reached
+
+
+def depending_on(start: Iterable[fx.Node], within: set[fx.Node]) -> set[fx.Node]:
+    """``closure_forward`` that also follows memory: what reads storage that something dependent writes into."""
+    after = closure_forward(start, within)
+    while True:
+        memory = frozenset().union(*(storages(target) for node in after for target in written(node)))
+        more = {node for node in within - after if storages(node) & memory}
+        if not more:
+            return after
+        after = closure_forward(after | more, within)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import fork
@@ -170,6 +170,9 @@ def _never(*_: Any) -> Any:
 def _count(gm: fx.GraphModule, node: fx.Node) -> int | None:
     try:
         args, kwargs = _example(gm, node.args), _example(gm, node.kwargs)
+        formula = flop_registry.get(node.target)
+        if formula is not None:  # a higher-order operator, which cannot be called on its own
+            return int(formula(*args, **kwargs, out_val=None))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             if node.op == "call_method":
                 getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -211,7 +214,9 @@ def _hint(value: Any) -> Any:
 def _signature(value: Any) -> Hashable:
     """Equal for arguments that give the same count: shapes, strides and dtypes in place of tensors."""
     if isinstance(value, fx.Node):
-        return _signature(value.meta.get("example_value", value))
+        if "example_value" not in value.meta:
+            return id(value)  # the body of a higher-order operator
+        return _signature(value.meta["example_value"])
     if isinstance(value, torch.Tensor):
         return (*map(_hint, value.shape), *map(_hint, value.stride()), value.dtype)
     if isinstance(value, (tuple, list)):

@@ -14,7 +14,7 @@ from torch._guards import detect_fake_mode
 from torch.overrides import TorchFunctionMode
 
 from dqar_fx.errors import CaptureError
-from dqar_fx.graph.sites import ATTENTION
+from dqar_fx.graph.attentions import attends
 from dqar_fx.runtime.report import GraphBreak
 
 
@@ -25,8 +25,8 @@ class Capture:
     Attributes:
         graphs: one for each graph that ran, in order; a graph that ran twice stands there twice.
         breaks: the places where Dynamo could not go on in one graph.
-        attentions: how often the eager model calls ``scaled_dot_product_attention``. Those that the graphs do not hold
-            run outside of them, where nothing can be rewritten.
+        attentions: how often the eager model calls an attention operator (``scaled_dot_product_attention`` and its
+            like). Those that the graphs do not hold run outside of them, where nothing can be rewritten.
     """
 
     graphs: tuple[fx.GraphModule, ...]
@@ -60,7 +60,7 @@ class _CountAttentions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self.count += func is ATTENTION
+        self.count += attends(func)
         return func(*args, **(kwargs or {}))
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from dqar_fx.graph.capture import fork
+from dqar_fx.graph.effects import finds_size
 from dqar_fx.graph.specialise import Variant
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class Lowerer:
         self._variants: list[Variant] = []  # keeps the ids in the keys unique
         self._lock = threading.Lock()
         self.seconds = 0.0
+        #: How many of the pieces run as they are: they find a size from values, which is nothing to compile.
+        self.uncompiled = 0
         #: Called after each compilation with the number of compiled pieces so far.
         self.on_compile: Callable[[int], None] | None = None
 
@@ -101,13 +104,16 @@ class Lowerer:
     def _compile(self, variant: Variant, arguments: Sequence[Any]) -> BoxedCallable:
         started = time.perf_counter()
         gm = fork(variant.gm)
+        as_it_is = any(finds_size(node) for node in gm.graph.nodes)
         numbers = _bake_numbers(gm, arguments)
         for node in gm.graph.nodes:
             # Fake tensors of Dynamo's (finished) fake mode would clash with those of the compilation that starts here.
             node.meta.pop("example_value", None)
             node.meta.pop("grapharg", None)
+            node.meta.pop("unbacked_bindings", None)  # sizes that were found are given here, and are numbers
         tensors = [a for i, a in enumerate(arguments) if i not in numbers]
-        function = self._backend(gm, tensors)
+        self.uncompiled += as_it_is
+        function = gm.forward if as_it_is else self._backend(gm, tensors)
         # With parameters of its own (a higher-order operator's body) only the outer function knows to pass them.
         own = any(True for _ in gm.parameters()) or any(True for _ in gm.buffers())
         compiled: BoxedCallable = (lambda given: function(*given)) if own else boxed(function)

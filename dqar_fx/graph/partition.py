@@ -14,7 +14,7 @@ from torch import fx
 
 from dqar_fx.graph.capture import attribute, module_stack
 from dqar_fx.graph.cuts import sink
-from dqar_fx.graph.effects import changes_mode, mode_spans, storage_list, storages, written
+from dqar_fx.graph.effects import changes_mode, finds_size, mode_spans, storage_list, storages, written
 from dqar_fx.graph.guard import guard_nodes, guard_number, reuse_or_compute
 from dqar_fx.graph.sites import Region
 
@@ -48,7 +48,8 @@ def partition(gm: fx.GraphModule, regions: Sequence[Region], *, fuse: bool = Fal
 
     Sound because a cut never reorders anything: each piece is a run of consecutive nodes. A value that is written in
     place stays in one piece with all that share its storage, and so does whatever stands between a change of mode
-    (autocast) and its end. With ``fuse`` the elementwise tail of a piece moves into the next one (see ``sink``).
+    (autocast) and its end. A call that finds a size from values is a piece of its own: what follows is compiled for the
+    size that was found. With ``fuse`` the elementwise tail of a piece moves into the next one (see ``sink``).
     """
     nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
     labels = _labels(nodes, regions)
@@ -94,11 +95,14 @@ def _labels(nodes: list[fx.Node], regions: Sequence[Region]) -> dict[fx.Node, st
 
 
 def _runs(nodes: list[fx.Node], labels: dict[fx.Node, str]) -> list[tuple[str, list[fx.Node]]]:
-    """Consecutive nodes of one block. What stands between two blocks joins the first; the end is a run of its own."""
+    """Consecutive nodes of one block. What stands between two blocks joins the first; the end is a run of its own.
+
+    Within a block, what finds a size from values stands apart.
+    """
     runs: list[tuple[str, list[fx.Node]]] = []
     with_guard = max((i for i, n in enumerate(nodes) if n.target is reuse_or_compute), default=-1)
     last_block = labels[nodes[with_guard]] if with_guard >= 0 else ""
-    finished = False
+    finished = finding = False
     for position, node in enumerate(nodes):
         label = labels[node]
         if position > with_guard and (finished or label != last_block):
@@ -107,8 +111,10 @@ def _runs(nodes: list[fx.Node], labels: dict[fx.Node, str]) -> list[tuple[str, l
             finished, label = True, "epilogue"
         elif not label:
             label = runs[-1][0] if runs else "prologue"
-        if not runs or runs[-1][0] != label:
+        apart = finds_size(node)
+        if not runs or runs[-1][0] != label or apart != finding:
             runs.append((label, []))
+            finding = apart
         runs[-1][1].append(node)
     return runs
 
@@ -183,7 +189,8 @@ def structure(gm: fx.GraphModule) -> Hashable:
     for node in gm.graph.nodes:
         target: Hashable = node.target if node.op in ("call_function", "call_method") else ""
         if node.op == "get_attr":
-            target = ("attribute", id(attribute(gm, str(node.target))))
+            value = attribute(gm, str(node.target))  # the body of a higher-order operator, or something of the model's
+            target = structure(value) if isinstance(value, fx.GraphModule) else ("attribute", id(value))
         arguments = freeze(node.args, number) if node.op != "placeholder" else ()
         memory = tuple(-1 if s in given else made.setdefault(s, len(made)) for s in storage_list(node))
         lines.append((node.op, target, arguments, freeze(node.kwargs, number), memory))

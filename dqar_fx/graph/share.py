@@ -7,11 +7,11 @@ from collections.abc import Hashable
 
 from torch import fx
 
+from dqar_fx.graph.attentions import is_attention
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.effects import changes_mode, must_keep, storages, target_name, written
 from dqar_fx.graph.guard import reuse_or_compute
 from dqar_fx.graph.partition import freeze
-from dqar_fx.graph.sites import is_attention
 
 #: An expression is shared from this many occurrences on. Two (a DiT's last layer repeats block 0's conditioning) would
 #: make the first block unlike the others, which then could not share its compiled piece: more to compile, little to

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import fork
@@ -44,12 +45,14 @@ class Variant:
         inputs: positions, in the piece's inputs, of those that it still needs.
         buffers: the stored tensors it reads or writes, in calling order.
         outputs: positions, in the piece's outputs, of those that it returns.
+        found: stored tensors that it returns behind its outputs: nobody could allocate them before.
     """
 
     gm: fx.GraphModule
     inputs: tuple[int, ...]
     buffers: tuple[BufferUse, ...]
     outputs: tuple[int, ...]
+    found: tuple[BufferUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class ExitLayout:
     ndim: int
     granularity: str  # "" for native
     num_heads: int | None
+    late_size: bool = False  # how large it is, is known only when it was computed
 
     @property
     def parts(self) -> int:
@@ -73,8 +77,11 @@ def exit_layout(value: torch.Tensor, cache: CacheConfig, heads: int | None, batc
     Scales that span more than one token must not span samples; where the first dimension of the exit is not the
     attention's batch (a sequence-first layout), scales are taken per token, which is right in any layout.
     """
+    late_size = bool(free_unbacked_symbols([value]))
     if cache.dtype == "native":
-        return ExitLayout(value.dtype, value.ndim, "", None)
+        return ExitLayout(value.dtype, value.ndim, "", None, late_size)
+    if late_size:  # which dimension is the batch cannot be told by its size
+        return ExitLayout(value.dtype, value.ndim, "token", None, late_size)
     granularity = cache.granularity
     if granularity != "token" and value.shape[0] != batch:
         granularity = "token"
@@ -99,7 +106,8 @@ def specialise(
 
     A compute step hands on the fresh value, never its quantised copy. Quantise and dequantise are plain operations of
     the graph, so that a compiler fuses them into their neighbours. Stored tensors are extra inputs, written in place:
-    their addresses never change. ``outputs`` are the positions of the outputs that somebody will read.
+    their addresses never change; one whose size is found only by computing it is returned instead. ``outputs`` are the
+    positions of the outputs that somebody will read.
     """
     out = fork(gm)
     graph = out.graph
@@ -108,13 +116,14 @@ def specialise(
     returned = cast(tuple[fx.Node, ...], result.args[0])  # a piece returns a tuple
     result.args = (tuple(returned[i] for i in kept),)
     uses: list[BufferUse] = []
+    found: dict[BufferUse, fx.Node] = {}
     guards = guard_nodes(graph)
     for guard, outcome, parts in zip(guards, outcomes, layouts, strict=True):
         for index, layout in enumerate(parts):
             fresh = cast(fx.Node, guard.args[1 + index])
             item = next((u for u in guard.users if u.target is operator.getitem and u.args[1] == index), None)
             buffers = []
-            if outcome is not Outcome.COMPUTE:
+            if outcome is Outcome.REUSE or (outcome is Outcome.STORE and not layout.late_size):
                 for part in range(layout.parts):
                     buffers.append(_buffer(graph, len(uses)))
                     uses.append(BufferUse(guard_number(guard), index, part))
@@ -126,7 +135,14 @@ def specialise(
                 else:
                     value = fresh
                     if outcome is Outcome.STORE:
-                        _store(graph, fresh, buffers, layout)
+                        parts_of = _quantised(graph, fresh, layout)
+                        for part, part_value in enumerate(parts_of):
+                            if layout.late_size:
+                                found[BufferUse(guard_number(guard), index, part)] = graph.call_method(
+                                    "clone", (part_value,)
+                                )
+                            else:
+                                graph.call_method("copy_", (buffers[part], part_value))
             graph.erase_node(anchor)
             if item is not None:
                 if value.op != "placeholder" and value is not fresh:
@@ -135,6 +151,7 @@ def specialise(
                 graph.erase_node(item)
     for guard in guards:
         graph.erase_node(guard)
+    result.args = ((*cast(tuple[fx.Node, ...], result.args[0]), *found.values()),)
     eliminate_dead_code(out)
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name.startswith("in_")]
     used = tuple(i for i, n in enumerate(inputs) if n.users)
@@ -143,7 +160,7 @@ def specialise(
             graph.erase_node(node)
     graph.lint()
     out.recompile()
-    return Variant(out, used, tuple(uses), kept)
+    return Variant(out, used, tuple(uses), kept, tuple(found))
 
 
 def _here() -> None:
@@ -168,14 +185,16 @@ def _read(graph: fx.Graph, buffers: list[fx.Node], layout: ExitLayout, private: 
     return graph.call_method("clone", (buffers[0],)) if private else buffers[0]
 
 
-def _store(graph: fx.Graph, fresh: fx.Node, buffers: list[fx.Node], layout: ExitLayout) -> None:
-    def store(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _quantised(graph: fx.Graph, fresh: fx.Node, layout: ExitLayout) -> list[fx.Node]:
+    """What is stored of ``fresh``: itself, or values and scales."""
+    if not layout.granularity:
+        return [fresh]
+
+    def quantise(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dims = reduced_dims(layout.ndim, layout.granularity, layout.num_heads)
         return quantize_over(x, dims, layout.num_heads)
 
-    values = _inline(graph, store, [fresh]) if layout.granularity else [fresh]
-    for buffer, value in zip(buffers, values, strict=True):
-        graph.call_method("copy_", (buffer, value))
+    return _inline(graph, quantise, [fresh])
 
 
 def _inline(graph: fx.Graph, function: Callable[..., object], arguments: Sequence[fx.Node]) -> list[fx.Node]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,11 @@ from dqar_fx.quantize import scale_shape
 EMPTY = -1
 
 
+def is_apart(device: torch.device) -> bool:
+    """True if ``device`` has a memory other than the host's."""
+    return device.type != "cpu"
+
+
 @dataclass(frozen=True, slots=True)
 class ExitSpec:
     """Shape, strides, device and layout of one exit, sizes resolved: all that is needed to allocate its buffers."""
@@ -22,20 +28,24 @@ class ExitSpec:
     stride: tuple[int, ...]
     device: torch.device
     layout: ExitLayout
+    on_host: bool = False
 
     def allocate(self) -> tuple[torch.Tensor, ...]:
         """New buffers: ``(values,)``, or ``(int8 values [shape], float32 scales)``.
 
-        The strides of the exit are kept, so that a value read back is laid out like a fresh one. Never inference
-        tensors: one and the same buffer may be written inside and outside of ``torch.inference_mode``.
+        On the device of the exit, or in host memory (``on_host``), pinned where the exit is on CUDA. The strides of the
+        exit are kept, so that a value read back is laid out like a fresh one. Never inference tensors: one and the same
+        buffer may be written inside and outside of ``torch.inference_mode``.
         """
         with torch.inference_mode(False), torch.no_grad():
             dtype = torch.int8 if self.layout.granularity else self.layout.dtype
-            values = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=self.device)
+            device = torch.device("cpu") if self.on_host else self.device
+            pinned = self.on_host and self.device.type == "cuda"
+            values = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device, pin_memory=pinned)
             if not self.layout.granularity:
                 return (values,)
             shape = scale_shape(self.shape, self.layout.granularity, self.layout.num_heads)
-            return values, torch.empty(shape, dtype=torch.float32, device=self.device)
+            return values, torch.empty(shape, dtype=torch.float32, device=device, pin_memory=pinned)
 
 
 @dataclass(slots=True)
@@ -49,9 +59,12 @@ class Store:
     specs: Sequence[Sequence[ExitSpec]]  # [site][exit]
     buffers: list[list[tuple[torch.Tensor, ...]] | None] = field(init=False)
     step: list[int] = field(init=False)  # [site]: the step whose value is stored, EMPTY if none
+    _released: list[int] = field(init=False)  # [site]: bytes that were held when the run ended
+    _streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.buffers = [None] * len(self.specs)
+        self._released = [0] * len(self.specs)
         self.step = [EMPTY] * len(self.specs)
 
     def of(self, site: int) -> list[tuple[torch.Tensor, ...]]:
@@ -59,11 +72,31 @@ class Store:
         buffers = self.buffers[site]
         if buffers is None:
             buffers = self.buffers[site] = [spec.allocate() for spec in self.specs[site]]
+            self._released[site] = 0
         return buffers
+
+    @property
+    def on_host(self) -> bool:
+        """True if the values live in host memory and the model elsewhere."""
+        return any(spec.on_host for exits in self.specs for spec in exits)
+
+    def stream_for(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The stream on which values are copied from and to ``device``; None where there are no streams."""
+        if device.type != "cuda":
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return self._streams[device]
 
     def clear(self) -> None:
         """Forget every value; the buffers stay."""
         self.step = [EMPTY] * len(self.specs)
+
+    def release(self) -> None:
+        """The run is over: free the buffers; how much they took is still known."""
+        self._released = [self.site_bytes(site) for site in range(len(self.specs))]
+        self.buffers = [None] * len(self.specs)
+        self.clear()
 
     @property
     def is_empty(self) -> bool:
@@ -71,10 +104,36 @@ class Store:
         return all(step == EMPTY for step in self.step)
 
     def site_bytes(self, site: int) -> int:
-        """Bytes allocated for one site."""
-        return sum(t.numel() * t.element_size() for parts in self.buffers[site] or [] for t in parts)
+        """Bytes of one site's stored value; after ``release``, what they were."""
+        held = sum(t.numel() * t.element_size() for parts in self.buffers[site] or [] for t in parts)
+        return held or self._released[site]
 
     @property
     def bytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes of all stored values; after ``release``, what they were."""
         return sum(self.site_bytes(site) for site in range(len(self.specs)))
+
+
+class BufferPool:
+    """Stores whose generation is over, kept with their buffers for the next one (``CacheConfig.keep_buffers``)."""
+
+    def __init__(self) -> None:
+        self._free: dict[Hashable, list[Store]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, key: Hashable) -> Store | None:
+        """A store of this kind that nobody uses, or None."""
+        with self._lock:
+            free = self._free.get(key)
+            return free.pop() if free else None
+
+    def give(self, key: Hashable, store: Store) -> None:
+        """Hand in a store; its values are forgotten."""
+        store.clear()
+        with self._lock:
+            self._free.setdefault(key, []).append(store)
+
+    def clear(self) -> None:
+        """Free all buffers."""
+        with self._lock:
+            self._free.clear()

@@ -1,7 +1,8 @@
 """Which step of which generation is this call? Identity is a value, never a count of calls.
 
 The clock is told what a call carries (a step number given by hand, a position in the scheduler's timesteps, or the
-timestep itself) and answers with a ``Tick``. What each event does:
+timestep itself, and whether its conditioning is that of the calls before) and answers with a ``Tick``. What each event
+does:
 
 ====================================== ==================================================================
 event                                  answer
@@ -11,12 +12,26 @@ the timestep moves on                  the next step
 the timestep moves back                step 0 of a new generation; a model whose time runs upwards is
                                        recognised after two moves in a row, from then on for good
 same step, another branch              the same step
-same step, same branch                 a *repeat*: it cannot be told whose values are stored (guidance in
-                                       two calls without names, a second-order sampler, a restarted run),
-                                       so the branch forgets them, computes and stores nothing
+same step, same branch                 a *repeat*: it cannot be told whose values are stored (a second-order
+                                       sampler, a restarted run), so the branch forgets them, computes and stores
+                                       nothing
+the same, with another conditioning    the branch forgets its values and stores new ones, to be read at the next
+                                       step by a call so conditioned (a run restarted after one call); guidance in
+                                       two calls without names comes back to the first, and so forgets these too
 a step is left out                     that step; values older than planned are not read (the cache checks)
+a timestep for each sample or token    they move on together if some fall and none rises; otherwise a new
+                                       generation
 an unknown or NaN timestep             no step: compute, store nothing
 another set of timesteps (scheduler)   a new generation
+next step, another conditioning        a new generation: runs that take turns, or one that begins in the middle
+                                       of the schedule where another was abandoned
+the same values, in other memory       the step goes on, but nothing stored is read, the first time (and for a prompt's
+                                       embedding; a label may be made anew at every step)
+another conditioning, of other shapes  the step goes on, but nothing stored is read: guidance was switched off,
+                                       or it is another run (both judged only where no generation is entered by hand)
+another shape, dtype or device         another captured graph, or other sizes: its store is empty
+changed weights                        the step goes on, everything stored is forgotten
+another thread                         has a clock of its own
 an exception, leaving a generation     the clock is cleared: what follows is a new generation
 ====================================== ==================================================================
 """
@@ -27,11 +42,16 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from dqar_fx.runtime.conditioning import Relation
+
+NEW_GENERATION = "new-generation"
+
 
 class Move(Enum):
     """How a call relates to the one before it."""
 
     START = "start"  # a new generation
+    DOUBT = "doubt"  # it may be one: the step goes on, nothing stored is read
     NEXT = "next"  # another step of the same generation
     SAME = "same"  # the same step, another branch
     REPEAT = "repeat"  # the same step and branch again
@@ -40,13 +60,14 @@ class Move(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Where a call stands: ``step`` counts from 0, -1 when unknown."""
+    """Where a call stands: ``step`` counts from 0, -1 when unknown; ``reason`` is why stored values are not read."""
 
     step: int
     move: Move
+    reason: str = ""
 
 
-#: The value of a timestep: one number, or one per sample where samples differ.
+#: The value of a timestep: one number, or one per sample (or token) where they differ.
 Timestep = float | tuple[float, ...]
 
 
@@ -85,10 +106,10 @@ class Clock:
             return self._start(0, branch, timestep=timestep)
         if timestep == before:
             return self._advance(self._step, branch)
-        if isinstance(timestep, tuple) or isinstance(before, tuple):
-            # Samples at different noise levels have no common direction: only exact repetition can be recognised.
+        rises = _rises(before, timestep)
+        if rises is None:  # no common direction: only exact repetition can be recognised
             return self._start(0, branch, timestep=timestep)
-        if (timestep > before) == self._rising:
+        if rises == self._rising:
             self._moves_against = 0
             self._timestep = timestep
             return self._advance(self._step + 1, branch)
@@ -98,6 +119,15 @@ class Clock:
         # Twice in a row: time runs the other way in this model. What was stored on the way was stored in doubt.
         self._rising, self._moves_against = not self._rising, 0
         return self._start(2, branch, timestep=timestep)
+
+    def doubt(self, tick: Tick, branch: str, relation: Relation) -> Tick:
+        """The call of ``tick`` had another conditioning than the last call of its branch (see the table)."""
+        if tick.move is Move.REPEAT or relation is not Relation.OTHER:
+            return Tick(tick.step, Move.DOUBT, "shape" if relation is Relation.SHAPE else NEW_GENERATION)
+        # By the timestep alone, steps are counted from where a run begins; a scheduler's position holds anyway.
+        step = 0 if self._timestep is not None else tick.step
+        self._start(step, branch, timestep=self._timestep, calendar=self._calendar)
+        return Tick(step, Move.START, NEW_GENERATION)
 
     def _start(self, step: int, branch: str, *, timestep: Timestep | None = None, calendar: object = None) -> Tick:
         self._step, self._timestep, self._calendar, self._branches = step, timestep, calendar, {branch}
@@ -111,6 +141,21 @@ class Clock:
             return Tick(step, Move.REPEAT)
         self._branches.add(branch)
         return Tick(step, Move.SAME)
+
+
+def _rises(before: Timestep, after: Timestep) -> bool | None:
+    """Whether time went up from ``before`` to ``after`` (which differ); None if some went up and some down."""
+    befores = before if isinstance(before, tuple) else (before,)
+    afters = after if isinstance(after, tuple) else (after,)
+    if len(befores) != len(afters):
+        length = max(len(befores), len(afters))
+        if 1 not in (len(befores), len(afters)):
+            return None
+        befores, afters = ((*x,) * (length // len(x)) for x in (befores, afters))
+    pairs = list(zip(befores, afters, strict=True))
+    if all(b <= a for b, a in pairs):
+        return True
+    return False if all(b >= a for b, a in pairs) else None
 
 
 def _is_nan(timestep: Timestep) -> bool:

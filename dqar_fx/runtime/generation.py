@@ -12,11 +12,11 @@ import torch
 
 from dqar_fx.graph.specialise import Outcome
 from dqar_fx.plan import Plan
-from dqar_fx.runtime.cache import EMPTY, Store
-from dqar_fx.runtime.clock import Clock, Move, Tick
+from dqar_fx.runtime.cache import EMPTY, BufferPool, Store
+from dqar_fx.runtime.clock import NEW_GENERATION, Clock, Move, Tick
+from dqar_fx.runtime.conditioning import Conditioning, Inputs, Relation
 from dqar_fx.runtime.program import CapturedGraph, Outcomes
 
-NEW_GENERATION = "new-generation"
 #: Calls whose decisions are remembered; a loop whose steps cannot be told apart is one endless generation.
 LOGGED_CALLS = 8192
 _version = operator.attrgetter("_version")
@@ -116,21 +116,46 @@ class Generation:
     """One sampling run of one model. Everything that changes between its steps is here, and nowhere else."""
 
     num_steps: int | None = None  # as given by hand
+    explicit: bool = False  # delimited by the caller: what runs inside belongs together, whatever it is conditioned on
+    is_shared: bool = False  # ... unless calls from elsewhere may have come in
     clock: Clock = field(default_factory=Clock)
+    conditioning: Conditioning = field(default_factory=Conditioning)
+    pool: BufferPool | None = None  # where stores go that are to outlive this generation
     branch: str = ""
     manual_step: int | None = None
     log: deque[tuple[int, str, int, Outcomes, tuple[str, ...]]] = field(
         default_factory=lambda: deque(maxlen=LOGGED_CALLS)
     )
     _stores: dict[tuple[str, int], _Stored] = field(default_factory=dict)
-    _weights: dict[int, tuple[Sequence[torch.Tensor], list[int]]] = field(default_factory=dict)
+    _weights: dict[tuple[int, int], tuple[Sequence[torch.Tensor], list[int]]] = field(default_factory=dict)
+
+    def judge(self, tick: Tick, inputs: Inputs) -> Tick:
+        """``tick`` if, by its conditioning ``inputs``, the call may belong to those before it; otherwise a start.
+
+        Where the caller says what belongs together (``generation``, ``begin_step``), that is believed.
+        """
+        if tick.move is Move.UNKNOWN:
+            return tick
+        repeated = tick.move is Move.REPEAT
+        told = (self.explicit or self.manual_step is not None) and not self.is_shared
+        if tick.move is Move.START:
+            self.conditioning.clear()
+        elif not told:
+            relation = self.conditioning.relation(self.branch, inputs)
+            same = (Relation.FIRST, Relation.LAST, *((Relation.EARLIER, Relation.EQUAL) if repeated else ()))
+            if relation not in same:
+                tick = self.clock.doubt(tick, self.branch, relation)
+            if tick.move is Move.START:
+                self.conditioning.clear()
+        self.conditioning.note(self.branch, inputs, repeated=repeated)
+        return tick
 
     def begin_call(self, tick: Tick) -> None:
-        """Forget what this call must not read: everything at the start of a generation, the branch's on a repeat."""
+        """Forget what this call must not read: everything at the start of a generation, or what its branch has."""
         if tick.move is Move.START:
-            self.invalidate()
+            self._drop()
             self.log.clear()
-        elif tick.move is Move.REPEAT or tick.move is Move.UNKNOWN:
+        elif tick.move in (Move.DOUBT, Move.REPEAT, Move.UNKNOWN):
             for (branch, _), stored in self._stores.items():
                 if branch == self.branch:
                     stored.store.clear()
@@ -141,41 +166,74 @@ class Generation:
         if stored is not None and stored.graph is graph and stored.sizes == sizes:
             return stored.store, "empty"
         reason = "empty" if stored is None or stored.store.is_empty else "shape"
-        store = Store(graph.specs(sizes))
+        store = (self.pool and self.pool.take((graph, sizes))) or Store(graph.specs(sizes))
         self._stores[self.branch, first] = _Stored(graph, sizes, store)
         return store, reason
 
-    def check_weights(self, graph: CapturedGraph, arguments: Sequence[object]) -> bool:
-        """False, once, if a parameter was replaced or written into since the last call; stored values are dropped."""
+    def check_weights(self, graph: CapturedGraph, first: int, arguments: Sequence[object]) -> bool:
+        """False, once, if a parameter was replaced or written into since the last call; stored values are dropped.
+
+        ``first`` tells the runs of one graph within a call apart: equal blocks may share it, each with its own weights.
+        """
         tensors = graph.parameters_of(arguments)
         try:
             versions = list(map(_version, tensors))
         except RuntimeError:  # inference tensors count no versions
             versions = [-1 if t.is_inference() else t._version for t in tensors]
-        known = self._weights.get(id(graph))
+        key = (id(graph), first)
+        known = self._weights.get(key)
         same = known is None or (versions == known[1] and _identical(tensors, known[0]))
         if not same:
             self.invalidate()
         if known is None or not same:
-            self._weights[id(graph)] = (tensors, versions)
+            self._weights[key] = (tensors, versions)
         return same
 
     def invalidate(self) -> None:
-        """Forget every stored value; buffers keep their addresses."""
+        """Forget every stored value; buffers keep their addresses. For what happens within a generation."""
         for stored in self._stores.values():
             stored.store.clear()
         self._weights.clear()
 
     def free(self) -> None:
-        """Forget everything stored and free it; the next call starts anew."""
+        """Forget everything stored and free it (or hand it to the pool); the next call starts anew."""
+        self._drop()
+        self._forget()
+
+    def end_branch(self) -> None:
+        """The last planned step of this branch is done: nothing of it will be read again."""
+        for (branch, _), stored in self._stores.items():
+            if branch == self.branch:
+                self._finish(stored.store)
+
+    def end(self) -> None:
+        """The run is over: as ``free``, but what it stored can still be asked for in bytes."""
+        for stored in self._stores.values():
+            self._finish(stored.store)
+        self._forget()
+
+    def _finish(self, store: Store) -> None:
+        if self.pool is not None:
+            store.clear()
+        else:
+            store.release()
+
+    def _drop(self) -> None:
+        if self.pool is not None:
+            for stored in self._stores.values():
+                self.pool.give((stored.graph, stored.sizes), stored.store)
         self._stores.clear()
         self._weights.clear()
+
+    def _forget(self) -> None:
+        self._weights.clear()
+        self.conditioning.clear()
         self.clock.clear()
         self.manual_step = None
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes stored, over all branches and graphs."""
+        """Bytes stored, over all branches and graphs; of a run that has ended, what it had stored."""
         return sum(stored.store.bytes for stored in self._stores.values())
 
     def site_bytes(self) -> dict[int, int]:

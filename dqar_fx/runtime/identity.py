@@ -12,6 +12,7 @@ from dqar_fx.runtime.standin import StandIn
 
 #: Names under which a denoiser takes its timestep, in the order in which they are looked for.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "timestep_cond", "noise_level", "sigma", "sigmas")
+_FEW_TIMESTEPS = 64
 
 
 def timestep_argument(names: list[str]) -> tuple[str, int] | None:
@@ -34,7 +35,9 @@ def read_timestep(value: object) -> Timestep | None:
     Reads the device once for a tensor that is not on the host.
     """
     if isinstance(value, torch.Tensor):
-        values = value.detach().reshape(-1).tolist()
+        flat = value.detach().reshape(-1)
+        # One for each token (image conditioning): there are only a few different ones.
+        values = (flat if flat.numel() <= _FEW_TIMESTEPS else torch.unique(flat)).tolist()
         if not values:
             return None
         first = values[0]

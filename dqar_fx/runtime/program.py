@@ -5,14 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import is_parameter, lift_constants, source_name, unwrap_scalars
-from dqar_fx.graph.effects import must_keep, storages, written
+from dqar_fx.graph.effects import has_late_size, must_keep, storages, written
 from dqar_fx.graph.guard import guard_sites
 from dqar_fx.graph.lower import BoxedCallable, Lowerer
 from dqar_fx.graph.partition import Piece, partition
@@ -20,6 +20,8 @@ from dqar_fx.graph.share import share_repeated
 from dqar_fx.graph.sites import Region
 from dqar_fx.graph.specialise import ExitLayout, Outcome, Variant, exit_layout, specialise
 from dqar_fx.runtime.cache import ExitSpec, Store
+from dqar_fx.runtime.offload import Copies, Transfer
+from dqar_fx.runtime.sizes import check_sizes, exit_spec
 
 Outcomes = tuple[Outcome, ...]
 _Gather = Callable[[Sequence[Any]], Sequence[Any]]
@@ -30,6 +32,9 @@ class _Step:
     variant: Variant
     arguments: tuple[int, ...]  # registers, in calling order
     results: tuple[int, ...]
+    #: The arguments that have a size, or are one, that another call of this program may have otherwise: the position,
+    #: and what it looked like when it was captured.
+    symbolic: tuple[tuple[int, Any], ...]
     freed: tuple[int, ...]  # intermediate values that nobody reads after this (inputs are held by the caller anyway)
 
 
@@ -41,6 +46,8 @@ class Program:
     buffers: tuple[tuple[int, int, int], ...]  # (site, exit, part)
     results: tuple[int, ...]
     scratch: list[Any]  # initial content of the registers behind the stored tensors
+    found: tuple[tuple[int, int, int, int], ...]  # (register, site, exit, part): to be stored when it has run
+    transfers: tuple[tuple[Transfer, ...], ...]  # of each step: the stored tensors that it is given
     #: (compiled piece, what gathers its arguments, result registers, registers to free)
     compiled: list[tuple[BoxedCallable, _Gather, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
@@ -48,7 +55,23 @@ class Program:
         """The stored tensors that this program reads and writes, in register order; allocates what is missing."""
         if store is None or not self.buffers:
             return []
+        if store.on_host:
+            return [cast(torch.Tensor, None)] * len(self.buffers)  # brought when a piece needs them
         return [store.of(site)[index][part] for site, index, part in self.buffers]
+
+    def keep(self, registers: Sequence[Any], store: Store | None) -> None:
+        """Store what could not be allocated before it was computed."""
+        for register, site, index, part in self.found:
+            assert store is not None
+            exits, value = store.of(site), registers[register]
+            parts = list(exits[index])
+            if (parts[part].shape, parts[part].stride()) != (value.shape, value.stride()):
+                with torch.inference_mode(False), torch.no_grad():
+                    parts[part] = torch.empty_strided(
+                        value.shape, value.stride(), dtype=value.dtype, device=parts[part].device
+                    )
+                exits[index] = tuple(parts)
+            parts[part].copy_(value)
 
 
 class CapturedGraph:
@@ -78,16 +101,17 @@ class CapturedGraph:
         lifted = share_repeated(lifted)
         self.pieces: list[Piece] = partition(lifted, regions, fuse=True)
         self._lowerer = lowerer
+        self._on_host = cache.device == "cpu"
         self._variants = variants
         self._inputs = [n for n in lifted.graph.nodes if n.op == "placeholder"]
+        self._late = {n.name: n.meta["example_value"] for n in lifted.graph.nodes if has_late_size(n)}
         self._result: Sequence[Any] = next(n for n in lifted.graph.nodes if n.op == "output").args[0]
         self._programs: dict[tuple[Outcomes, tuple[object, ...], bool], Program] = {}
         nodes = {n.name: n for n in gm.graph.nodes}
         self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
-        batches = [nodes[r.attentions[0]].meta["example_value"].shape[0] for r in regions]
         self.layouts: list[list[ExitLayout]] = [
-            [exit_layout(value, cache, region.site.heads, batch) for value in exits]
-            for region, exits, batch in zip(regions, self._exits, batches, strict=True)
+            [exit_layout(value, cache, region.site.heads, region.batch) for value in exits]
+            for region, exits in zip(regions, self._exits, strict=True)
         ]
         given = self._inputs[: len(self._inputs) - len(self.constants)]
         # State that the model itself writes at every call (a counter, a running mean) is no change from outside.
@@ -106,6 +130,11 @@ class CapturedGraph:
     def num_sites(self) -> int:
         """Attention sites in this graph."""
         return len(self.regions)
+
+    @property
+    def has_late_sizes(self) -> bool:
+        """True if the size of a value is known only when the graph runs (``nonzero``, a boolean mask, ``item``)."""
+        return bool(self._late)
 
     def parameters_of(self, arguments: Sequence[Any]) -> Sequence[torch.Tensor]:
         """Those of a call's arguments that are the model's own state."""
@@ -126,7 +155,7 @@ class CapturedGraph:
                 if isinstance(size, int)
             }
             specs = self._specs[sizes] = [
-                [_exit_spec(value, layout, values) for value, layout in zip(exits, layouts, strict=True)]
+                [exit_spec(value, layout, values, self._on_host) for value, layout in zip(exits, layouts, strict=True)]
                 for exits, layouts in zip(self._exits, self.layouts, strict=True)
             ]
         return specs
@@ -145,28 +174,51 @@ class CapturedGraph:
         registers = [*arguments, *self.constants, *program.bind(store), *program.scratch]
         for i in self._scalars:
             registers[i] = registers[i].item()
-        if not program.compiled:
-            return self._first_run(program, registers)
+        copies = Copies(store, program.transfers) if store is not None and store.on_host else None
+        if not program.compiled or copies is not None:
+            return self._run_apart(program, registers, store, copies)
         for function, arguments_of, outputs, freed in program.compiled:
             given = list(arguments_of(registers))
             for i in freed:
                 registers[i] = None
             for i, value in zip(outputs, function(given)):  # noqa: B905  # the hot loop; checked at the first run
                 registers[i] = value
+        program.keep(registers, store)
         return [registers[i] for i in program.results]
 
-    def _first_run(self, program: Program, registers: list[Any]) -> list[Any]:
+    def _run_apart(
+        self, program: Program, registers: list[Any], store: Store | None, copies: Copies | None
+    ) -> list[Any]:
+        """Run a program for the first time, compiling it, or with its stored values in host memory."""
         compiled = []
-        for step in program.steps:
+        for index, step in enumerate(program.steps):
+            if copies is not None:
+                copies.bring(index, registers)
             given = [registers[i] for i in step.arguments]
-            function = self._lowerer.lower(step.variant, given)
+            if program.compiled:
+                function = program.compiled[index][0]
+            else:
+                function = self._by_sizes(step) if step.symbolic else self._lowerer.lower(step.variant, given)
             for i in step.freed:
                 registers[i] = None
             for i, value in zip(step.results, function(given), strict=True):
                 registers[i] = value
+            if copies is not None:
+                copies.take(index, registers)
             compiled.append((function, _getter(step.arguments), step.results, step.freed))
         program.compiled = compiled  # only now: an exception on the way leaves the program to be built again
+        program.keep(registers, store)
         return [registers[i] for i in program.results]
+
+    def _by_sizes(self, step: _Step) -> BoxedCallable:
+        """``step``, compiled for each set of sizes that it is given."""
+        variant, symbolic = step.variant, step.symbolic
+
+        def run(given: list[Any]) -> Sequence[Any]:
+            check_sizes(symbolic, given)
+            return self._lowerer.lower(variant, given)(given)
+
+        return run
 
     def build(self, outcomes: Outcomes) -> Program:
         """Choose a variant for each piece, last to first, so that nothing is computed that nobody reads."""
@@ -185,9 +237,9 @@ class CapturedGraph:
             needed |= {piece.inputs[i] for i in variant.inputs}
             chosen.append((piece, variant))
         chosen.reverse()
-        return self._allocate(chosen)
+        return self._allocate(chosen, outcomes)
 
-    def _allocate(self, chosen: list[tuple[Piece, Variant]]) -> Program:
+    def _allocate(self, chosen: list[tuple[Piece, Variant]], outcomes: Outcomes) -> Program:
         """Give every value a register and note where it is read for the last time."""
         register = {n.name: i for i, n in enumerate(self._inputs)}
         buffers = [(p.sites[use.guard], use.exit, use.part) for p, v in chosen for use in v.buffers]
@@ -195,17 +247,37 @@ class CapturedGraph:
         first_scratch = first_buffer + len(buffers)
         scratch: list[Any] = []
         steps: list[_Step] = []
+        found: list[tuple[int, int, int, int]] = []
+        transfers: list[tuple[Transfer, ...]] = []
         next_buffer = first_buffer
         for piece, variant in chosen:
             arguments = [register[piece.inputs[i]] for i in variant.inputs]
             arguments += range(next_buffer, next_buffer + len(variant.buffers))
+            transfers.append(
+                tuple(
+                    Transfer(number, site, use.exit, use.part, outcomes[site] is Outcome.REUSE)
+                    for number, use in enumerate(variant.buffers, next_buffer)
+                    for site in (piece.sites[use.guard],)
+                )
+            )
             next_buffer += len(variant.buffers)
             results = []
             for i in variant.outputs:
                 register[piece.outputs[i]] = first_scratch + len(scratch)
                 results.append(first_scratch + len(scratch))
                 scratch.append(None)
-            steps.append(_Step(variant, tuple(arguments), tuple(results), ()))
+            for use in variant.found:
+                results.append(first_scratch + len(scratch))
+                found.append((results[-1], piece.sites[use.guard], use.exit, use.part))
+                scratch.append(None)
+            late = [
+                (i, self._late[n]) for i, n in enumerate(piece.inputs[i] for i in variant.inputs) if n in self._late
+            ]
+            for i, use in enumerate(variant.buffers, len(variant.inputs)):
+                site = piece.sites[use.guard]
+                if self.layouts[site][use.exit].late_size:
+                    late.append((i, self._exits[site][use.exit] if use.part == 0 else None))
+            steps.append(_Step(variant, tuple(arguments), tuple(results), tuple(late), ()))
         final = []
         for value in self._result:
             if isinstance(value, fx.Node):
@@ -217,7 +289,7 @@ class CapturedGraph:
         for step in reversed(steps):
             step.freed = tuple(sorted(i for i in {*step.arguments} - alive if i >= first_scratch))
             alive |= set(step.arguments)
-        return Program(steps, tuple(buffers), tuple(final), scratch)
+        return Program(steps, tuple(buffers), tuple(final), scratch, tuple(found), tuple(transfers))
 
 
 def _getter(registers: tuple[int, ...]) -> _Gather:
@@ -233,33 +305,3 @@ def _has_effects(gm: fx.GraphModule) -> bool:
 
 def _is_number(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("example_value"), torch.Tensor)
-
-
-def _exit_spec(value: torch.Tensor, layout: ExitLayout, sizes: dict[str, int]) -> ExitSpec:
-    shape = tuple(_resolve(s, sizes) for s in value.shape)
-    stride = tuple(_resolve(s, sizes) for s in value.stride())
-    return ExitSpec(shape, stride if _is_dense(shape, stride) else _contiguous(shape), value.device, layout)
-
-
-def _resolve(size: int | torch.SymInt, sizes: dict[str, int]) -> int:
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression.subs({symbol: sizes[str(symbol)] for symbol in expression.free_symbols}))
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """True if the strides describe a permutation of contiguous memory: no gaps, no overlap."""
-    expected = 1
-    for step, size in sorted((st, sz) for sz, st in zip(shape, stride, strict=True) if sz != 1):
-        if step != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    stride = [1] * len(shape)
-    for i in range(len(shape) - 2, -1, -1):
-        stride[i] = stride[i + 1] * max(shape[i + 1], 1)
-    return tuple(stride)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import FrameType
 from typing import Any
@@ -16,13 +17,16 @@ from typing import Any
 from torch import fx
 
 from dqar_fx.config import CacheConfig
-from dqar_fx.errors import CaptureError, RuntimeStateError
+from dqar_fx.errors import CaptureError, DqarError, RuntimeStateError
+from dqar_fx.graph.capture import state_name
 from dqar_fx.graph.guard import graph_diff
 from dqar_fx.graph.lower import Backend, Lowerer
 from dqar_fx.graph.sites import Region, Site, find_sites
 from dqar_fx.graph.specialise import Outcome, Variant
 from dqar_fx.plan import Plan
+from dqar_fx.runtime.cache import BufferPool
 from dqar_fx.runtime.clock import Move, Tick
+from dqar_fx.runtime.conditioning import Inputs
 from dqar_fx.runtime.generation import Generation, StepTable
 from dqar_fx.runtime.identity import SchedulerIdentity, read_timestep
 from dqar_fx.runtime.program import CapturedGraph
@@ -35,19 +39,24 @@ SiteFilter = Callable[[Site], bool] | str | Sequence[str] | None
 #: asyncio tasks (and ``asyncio.to_thread``) each see their own.
 _entered: ContextVar[tuple[_Entered, ...]] = ContextVar("dqar_fx_generations", default=())
 
+#: Restarts in a row, each because of another conditioning, after which a loop is told why nothing is reused.
+_RESTARTS = 3
+
 
 class _Entered:
     """A generation as a context manager; remembers the frame of the ``with`` statement for as long as it is open."""
 
     def __init__(self, runtime: Runtime, num_steps: int | None) -> None:
         self.runtime = runtime
-        self.generation = Generation(num_steps=num_steps)
+        self.generation = Generation(num_steps=num_steps, explicit=True, pool=runtime.pool)
         self.frame: FrameType | None = None
+        self.may_be_suspended = False
 
     def __enter__(self) -> Runtime:
         if self in _entered.get():
             raise RuntimeStateError("this generation is entered already. Make another: runtime.generation(num_steps).")
         self.frame = sys._getframe(1)
+        self.may_be_suspended = bool(self.frame.f_code.co_flags & inspect.CO_GENERATOR)
         _entered.set((*_entered.get(), self))
         return self.runtime
 
@@ -65,13 +74,17 @@ class _Call:
     tick: Tick
     generation: Generation
     sites: int = 0
+    graphs: list[CapturedGraph] = field(default_factory=list)
+    #: Sites of the whole call; None until the call has shown it (a model in several graphs, at its first call).
+    total: int | None = None
+    is_last: bool = False
 
 
 class _PerThread(threading.local):
     """What a thread has when it enters no generation of its own."""
 
-    def __init__(self) -> None:
-        self.implicit = Generation()
+    def __init__(self, pool: BufferPool | None) -> None:
+        self.implicit = Generation(pool=pool)
         self.last: Generation | None = None
         self.call: _Call | None = None
 
@@ -95,14 +108,20 @@ class Runtime:
         self._breaks: list[GraphBreak] = []
         self._ends_in_break: list[bool] = []
         self._variants: dict[object, Variant] = {}
-        self._num_sites: int | None = None
+        #: The graphs of the last completed call, in the order in which they ran: the model, as it runs now.
+        self._model: tuple[CapturedGraph, ...] = ()
+        #: How many sites a call has that begins with this graph (of those that hold any).
+        self._totals: dict[CapturedGraph, int] = {}
         self._plans: dict[tuple[int, int | None], Plan] = {}
         self._tables: dict[tuple[int, int, int], tuple[Plan, StepTable]] = {}
-        self._threads = _PerThread()
+        self.pool = BufferPool() if cache.keep_buffers else None
+        self._threads = _PerThread(self.pool)
         self._lock = threading.RLock()
-        self._warned_steps = False
-        self._warned_eager = False
+        self._restarts = 0
+        self._warned: set[str] = set()
         self.capture_seconds = 0.0
+        #: Names of the model's parameters and buffers, where known: they tell its own frame from that of a part.
+        self.state_names: frozenset[str] | None = None
         #: The options that the registered backend made this runtime from; held, so that their identity stays their own.
         self.origin: object = None
 
@@ -123,7 +142,7 @@ class Runtime:
             raise RuntimeStateError(
                 f"generation(num_steps={num_steps!r}): give the number of steps, an int of at least 1."
             )
-        sites = self.schedule.num_sites if isinstance(self.schedule, Plan) else self._num_sites
+        sites = self.schedule.num_sites if isinstance(self.schedule, Plan) else self._num_sites()
         if num_steps is not None and sites is not None:
             self._plan_for(sites, num_steps)  # refused here, if it does not fit, and not in the middle of the run
         return _Entered(self, num_steps)
@@ -151,6 +170,12 @@ class Runtime:
     def reset(self) -> None:
         """Forget everything that the current generation of this thread has stored, and free it."""
         self._generation().free()
+        if self.pool is not None:
+            self.pool.clear()
+
+    def end_generation(self) -> None:
+        """The current run is over, as a pipeline says: its memory is free again, its statistics stay."""
+        self._generation().end()
 
     def release(self) -> None:
         """Free everything and let go of the scheduler; what ``restore`` does to the runtime."""
@@ -160,20 +185,25 @@ class Runtime:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites that are rewritten, in order; empty before the first call (nothing has been captured yet)."""
-        return tuple(r.site for g in self.graphs for r in g.regions)
+        """The sites that are rewritten, in the order in which they run; empty before the first call."""
+        regions = [region for graph in self.graphs for region in graph.regions]
+        return tuple(replace(region.site, index=index) for index, region in enumerate(regions))
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
-        """The graphs that make up the model once (a recapture for another shape shows the same sites again)."""
-        return tuple(self._graphs if self._breaks else self._graphs[-1:])
+        """The graphs that made up the last call; those captured so far, while the first is running."""
+        return self._model or tuple(self._graphs)
 
     @property
     def plan(self) -> Plan | None:
         """The plan in force for the current generation; None before the first call (the number of sites is unknown)."""
-        if self._num_sites is None:
-            return None
-        return self._plan_for(self._num_sites, self._steps_of(self._generation()))
+        sites = self._num_sites()
+        return None if sites is None else self._plan_for(sites, self._steps_of(self._generation()))
+
+    @property
+    def needs_dynamic_operators(self) -> bool:
+        """True if a graph holds an operator whose result has a size that is known only when it runs, or a break."""
+        return bool(self._breaks) or any(graph.has_late_sizes for graph in self._graphs)
 
     @property
     def stats(self) -> Stats:
@@ -220,42 +250,64 @@ class Runtime:
             PlanError: the plan was made for another number of sites.
         """
         found = find_sites(gm)
-        regions: list[Region] = []
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        broke = reason is not None and reason.graph_break
         with self._lock:
-            first = 0 if self._is_whole(gm) else sum(g.num_sites for g in self._graphs)
+            whole = not broke and not self._breaks and self._is_root(gm)
+            skipped: list[Site] = []
+            regions: list[Region] = []
             for region in found:
                 site = region.site
                 if not site.reason and not self._wanted(site):
                     site = replace(site, reason="not selected by `sites`")
                 if site.reason:
-                    self._skipped.append(site)
+                    skipped.append(site)
                 else:
-                    regions.append(replace(region, site=replace(site, index=first + len(regions))))
-            if self._is_whole(gm):
-                if not regions:
-                    raise CaptureError(self._nothing_found(found))
+                    regions.append(replace(region, site=replace(site, index=len(regions))))
+            if whole and not regions and not self._graphs:
+                raise CaptureError(self._nothing_found(found))
+            if whole and not self._graphs:
                 self._plan_for(len(regions), None)  # a plan for another number of sites is refused before any compile
             graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants)
-            if self._is_whole(gm):
-                self._num_sites = len(regions)
-            reason = getattr(gm, "compile_subgraph_reason", None)
-            broke = reason is not None and reason.graph_break
+            self._skipped += [site for site in skipped if site not in self._skipped]
+            if whole:
+                self._totals[graph] = len(regions)
             if broke:
                 self._breaks.append(GraphBreak.of(reason))
             self._ends_in_break.append(broke)
             self._graphs.append(graph)
         return graph
 
+    def _is_root(self, gm: fx.GraphModule) -> bool:
+        """True if ``gm`` is of the model's own forward, False if of a part: where a frame breaks in a loop, Dynamo runs
+        it eagerly and captures what it calls, one frame after the other, and none of these ends in a break."""
+        if self.state_names is None:
+            return True
+        names = {state_name(n) for n in gm.graph.nodes if n.op == "placeholder"} - {""}
+        return bool(names) and names <= self.state_names
+
     def after_break(self, graph: CapturedGraph) -> bool:
         """True if ``graph`` was captured right after one that ended in a break, so that it belongs to the same call."""
         index = self._graphs.index(graph)
         return index > 0 and self._ends_in_break[index - 1]
 
-    def begin_call(self, timestep: object) -> None:
-        """A call of the model begins; ``timestep`` is what it was given (tensor, number or None)."""
+    def forget_captures(self) -> None:
+        """The call begins once more, and captures anew: what was captured so far is not the model."""
+        with self._lock:
+            for captured in (self._graphs, self._breaks, self._ends_in_break, self._skipped, self._totals):
+                captured.clear()
+        call = self._threads.call
+        if call is not None:
+            self._threads.call = _Call(call.tick, call.generation)
+            call.generation.log.clear()
+
+    def begin_call(self, timestep: object, inputs: Inputs) -> None:
+        """A call of the model begins, at ``timestep`` (tensor, number or None), conditioned on ``inputs``."""
         threads = self._threads
+        if threads.call is not None and threads.call.sites:
+            self._complete(threads.call)  # nobody said that it had ended (the registered backend is not told)
         generation = self._generation()
-        tick = self._identify(generation, timestep)
+        tick = self._identify(generation, timestep, inputs)
         generation.begin_call(tick)
         threads.call = _Call(tick, generation)
         threads.last = generation
@@ -263,15 +315,32 @@ class Runtime:
     def end_call(self) -> None:
         """The call has returned: its graphs together are the whole model."""
         call, self._threads.call = self._threads.call, None
-        if call is None or call.sites == self._num_sites:
+        if call is None:
             return
-        if call.sites == 0:
-            if self._graphs and self._num_sites is None:
-                raise CaptureError(self._nothing_found([]))
-            self._warn_eager()
-            return
-        self._num_sites = call.sites
-        self._plan_for(call.sites, None)
+        if call.sites:
+            self._complete(call)
+        elif self._graphs and not self._totals:
+            raise CaptureError(self._nothing_found([]))
+        else:
+            self._warn_once(
+                "eager",
+                "the model ran eager, without its compiled graphs: every attention computed. Dynamo stepped aside, "
+                "because it is disabled here, or a dispatch mode is active, or its recompile limit was reached "
+                f"({len(self._graphs)} captures of this model so far). For the last, raise "
+                "torch._dynamo.config.recompile_limit, or pass dynamic=True if shapes keep changing; "
+                "fullgraph=True shows Dynamo's own error.",
+            )
+
+    def _complete(self, call: _Call) -> None:
+        """All graphs of a call have run: together they are the model."""
+        if call.total != call.sites:
+            self._totals[call.graphs[0]] = call.sites
+            if len(self._totals) == 1:
+                self._plan_for(call.sites, None)  # a plan for another number of sites is refused after the first call
+            call.total = call.sites
+        self._model = tuple(call.graphs)
+        if call.is_last:
+            call.generation.end_branch()
 
     def abort_call(self) -> None:
         """The call raised: what it has stored may be half written, so the generation starts anew."""
@@ -285,85 +354,126 @@ class Runtime:
         if call is None:  # a graph that runs outside of any call we were told of: nothing is known, so compute
             call = _Call(Tick(-1, Move.UNKNOWN), self._generation())
         if not graph.num_sites:
+            if not self._totals and not call.sites:
+                # No attention so far: before it is compiled, the call shows whether there is any.
+                return list(graph.captured.forward(*arguments))
             return graph.run(arguments, (), None, graph.sizes_of(arguments))
         generation, tick, first = call.generation, call.tick, call.sites
+        if not call.graphs:
+            call.total = self._totals.get(graph)
+        call.graphs.append(graph)
         call.sites = first + graph.num_sites
-        if not generation.check_weights(graph, arguments) and tick.step >= 0:
-            tick = Tick(tick.step, Move.START)
+        if not generation.check_weights(graph, first, arguments) and tick.step >= 0:
+            tick = Tick(tick.step, Move.DOUBT)
         sizes = graph.sizes_of(arguments)
         store, empty_reason = generation.store_for(graph, first, sizes)
-        table = self._table(generation, first, graph.num_sites)
+        table = self._table(generation, first, graph.num_sites, call.total)
         if table is None:  # the first call of a model in several graphs: how many sites follow is not known yet
             outcomes = (Outcome.STORE if tick.step >= 0 else Outcome.COMPUTE,) * graph.num_sites
             store.step = [tick.step] * graph.num_sites if tick.step >= 0 else store.step
             reasons: tuple[str, ...] = ("warmup",) * graph.num_sites
         else:
-            outcomes, reasons = table.decide(tick, store, empty_reason)
-            if tick.step >= table.num_steps and not self._warned_steps:
-                self._warned_steps = True
-                warnings.warn(
+            outcomes, reasons = table.decide(tick, store, tick.reason or empty_reason)
+            call.is_last = tick.step >= table.num_steps - 1
+            if tick.step >= table.num_steps:
+                self._warn_once(
+                    "steps",
                     f"step {tick.step} was reached, but the schedule was planned for {table.num_steps} steps: from "
                     f"here on every attention computes. Plan for the steps that run: Schedule(...num_steps=...), "
                     f"generation(num_steps=...), or optimize(..., scheduler=pipe.scheduler).",
-                    stacklevel=2,
                 )
         generation.log.append((tick.step, generation.branch, first, outcomes, reasons))
         try:
-            return graph.run(arguments, outcomes, store, sizes)
+            result = graph.run(arguments, outcomes, store, sizes)
         except BaseException:
             generation.free()
             raise
+        if call.sites == call.total:
+            self._complete(call)
+        return result
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _generation(self) -> Generation:
+        """The generation that the calling code is in."""
         mine = [entered for entered in _entered.get() if entered.runtime is self]
         if not mine:
             return self._threads.implicit
-        if len(mine) > 1:
-            # Nested, or generators that take turns: of those, only the one that runs now has its frame on the stack.
-            frame: FrameType | None = sys._getframe(1)
-            while frame is not None:
-                for entered in reversed(mine):
-                    if entered.frame is frame:
-                        return entered.generation
-                frame = frame.f_back
+        if len(mine) == 1 and not mine[0].may_be_suspended:
+            return mine[0].generation
+        # Nested, or generators that take turns: of those, only the one that runs now has its frame on the stack.
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            for entered in reversed(mine):
+                if entered.frame is frame:
+                    return entered.generation
+            frame = frame.f_back
+        # A generator has entered it and stands still: it may be a context manager around us, or a loop that has nothing
+        # to do with us. What the call is conditioned on has to tell.
+        mine[-1].generation.is_shared = True
         return mine[-1].generation
 
-    def _identify(self, generation: Generation, timestep: object) -> Tick:
+    def _identify(self, generation: Generation, timestep: object, inputs: Inputs) -> Tick:
         clock, branch = generation.clock, generation.branch
-        if generation.manual_step is not None:
-            return clock.at_step(generation.manual_step, branch)
-        if self._scheduler is not None:
+        position = None
+        if generation.manual_step is None and self._scheduler is not None:
             position = self._scheduler.position(timestep)
-            if position is not None:
-                return clock.at_step(position, branch, calendar=self._scheduler.calendar)
-        return clock.at_timestep(read_timestep(timestep), branch)
+        if generation.manual_step is not None:
+            tick = clock.at_step(generation.manual_step, branch)
+        elif position is not None and self._scheduler is not None:
+            tick = clock.at_step(position, branch, calendar=self._scheduler.calendar)
+        else:
+            tick = clock.at_timestep(read_timestep(timestep), branch)
+        moves_on = tick.move is Move.NEXT
+        differing = generation.conditioning.differing(branch, inputs) if self._restarts == _RESTARTS else []
+        tick = generation.judge(tick, inputs)
+        if moves_on:
+            self._restarts = self._restarts + 1 if tick.move is Move.START else 0
+            if self._restarts > _RESTARTS:
+                self._warn_once(
+                    "conditioning",
+                    f"the inputs {', '.join(differing)} were new tensors at each of the last {self._restarts} steps. "
+                    f"That tells one generation from another, so nothing is reused. If these calls are one run, hand "
+                    f"over the same tensors at every step, or say so: `with dqar_fx.runtime(model).generation(): ...`.",
+                )
+        return tick
 
     def _steps_of(self, generation: Generation) -> int | None:
         if generation.num_steps is not None:
             return generation.num_steps
         return self._scheduler.num_steps if self._scheduler is not None else None
 
-    def _plan_for(self, num_sites: int, num_steps: int | None) -> Plan:
+    def _plan_for(self, num_sites: int, num_steps: int | None, *, or_none: bool = False) -> Plan:
+        """The schedule, planned; with ``or_none``, a plan that reuses nothing where it cannot be."""
         plan = self._plans.get((num_sites, num_steps))
         if plan is None:
-            plan = self._plans[num_sites, num_steps] = self.schedule.plan(num_sites, num_steps)
+            try:
+                plan = self.schedule.plan(num_sites, num_steps)
+            except DqarError as error:
+                if not or_none:
+                    raise
+                # A model may leave attentions out at some calls (skip-layer guidance): these compute.
+                self._warn_once("sites", f"calls of the model with {num_sites} attentions compute: {error}")
+                plan = Schedule.none(num_steps or self.schedule.num_steps).plan(num_sites)
+            self._plans[num_sites, num_steps] = plan
         return plan
 
-    def _table(self, generation: Generation, first: int, count: int) -> StepTable | None:
-        if self._num_sites is None:
+    def _num_sites(self) -> int | None:
+        """Sites of the last completed call; None before there is one."""
+        if self._model:
+            return sum(graph.num_sites for graph in self._model)
+        return next(iter(self._totals.values()), None)
+
+    def _table(self, generation: Generation, first: int, count: int, total: int | None) -> StepTable | None:
+        """The plan for the sites ``first`` to ``first + count`` of a call that has ``total``."""
+        if total is None or first + count > total:
             return None
-        plan = self._plan_for(self._num_sites, self._steps_of(generation))
+        plan = self._plan_for(total, self._steps_of(generation), or_none=bool(self._model))
         key = (id(plan), first, count)
         known = self._tables.get(key)
         if known is None:
-            if first + count > plan.num_sites:
-                return None
-            known = self._tables[key] = (
-                plan,
-                StepTable(plan, first, count),
-            )  # holds the plan, so that its id stays its own
+            # The plan is held too, so that its id stays its own.
+            known = self._tables[key] = (plan, StepTable(plan, first, count))
         return known[1]
 
     def _wanted(self, site: Site) -> bool:
@@ -374,22 +484,10 @@ class Runtime:
         patterns = [self._filter] if isinstance(self._filter, str) else self._filter
         return any(fnmatchcase(site.path, pattern) for pattern in patterns)
 
-    def _is_whole(self, gm: fx.GraphModule) -> bool:
-        """True if this graph is the model's whole forward: it returns, and no graph broke before it."""
-        reason = getattr(gm, "compile_subgraph_reason", None)
-        return not self._breaks and (reason is None or not reason.graph_break)
-
-    def _warn_eager(self) -> None:
-        if not self._warned_eager:
-            self._warned_eager = True
-            warnings.warn(
-                "the model ran eager, without its compiled graphs: every attention computed. Dynamo stepped aside, "
-                "because it is disabled here, or a dispatch mode is active, or its recompile limit was reached "
-                f"({len(self._graphs)} captures of this model so far). For the last, raise "
-                "torch._dynamo.config.recompile_limit, or pass dynamic=True if shapes keep changing; "
-                "fullgraph=True shows Dynamo's own error.",
-                stacklevel=4,
-            )
+    def _warn_once(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, stacklevel=5)
 
     def _nothing_found(self, found: Sequence[Region]) -> str:
         looked = "torch.nn.functional.scaled_dot_product_attention"

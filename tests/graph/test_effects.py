@@ -18,7 +18,10 @@ from dqar_fx.graph.capture import fork, readable
 from dqar_fx.graph.effects import (
     changes_mode,
     closure_forward,
+    depending_on,
     eliminate_dead_code,
+    finds_size,
+    has_late_size,
     mode_spans,
     must_keep,
     storages,
@@ -84,6 +87,8 @@ def test_writes_into_other_arguments_are_seen() -> None:
         ("call_function", F.scaled_dot_product_attention, "a", "a", "b", None, 0.0, True),
         ("call_function", torch.ops.aten.add.Tensor, "a", "b"),
         ("call_method", "__len__", "a"),
+        ("call_function", operator.and_, "a", "b"),  # ends like a method that writes
+        ("call_function", operator.or_, "a", "b"),
     ],
     ids=lambda node: target_name(call(*node)[0]),
 )
@@ -233,6 +238,35 @@ def test_vmap_survives_dead_code_removal() -> None:
     after = eliminate_dead_code(fork(gm))
     after.recompile()
     assert equal(after(*inputs), gm(*inputs))
+
+
+def test_what_finds_a_size_is_told_from_what_has_one() -> None:
+    def model(x: Tensor, mask: Tensor) -> Tensor:
+        found = x[mask]
+        return (found * 2).sum(0) + mask.sum()
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        gm = capture(model, torch.randn(3, 4), torch.tensor([True, False, True]))
+    late = {n for n in gm.graph.nodes if has_late_size(n)}
+    assert {"getitem", "mul"} <= {target_name(n) for n in late}
+    assert "sum" not in {target_name(n) for n in late}
+    assert [target_name(n) for n in gm.graph.nodes if finds_size(n)] == ["getitem"]
+    backed = capture(lambda x: x * 2, torch.randn(3, 4), dynamic=True)
+    assert not any(map(has_late_size, backed.graph.nodes))  # a size that an input has is known before
+
+
+def test_depending_on_follows_memory() -> None:
+    def model(x: Tensor) -> Tensor:
+        buffer = x.new_zeros(3)
+        x = x.sin()
+        buffer[:2] = x
+        return buffer.cos() + 1
+
+    gm = capture(model, torch.randn(2))
+    sine = next(n for n in gm.graph.nodes if target_name(n) == "sin")
+    inside = {n for n in gm.graph.nodes if n.op not in ("placeholder", "output")}
+    assert "cos" not in map(target_name, closure_forward([sine], inside))
+    assert {"sin", "setitem", "cos", "add"} <= set(map(target_name, depending_on([sine], inside)))
 
 
 def test_closure_forward_stays_within() -> None:

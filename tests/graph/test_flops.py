@@ -15,6 +15,7 @@ from diffusers import (
 )
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from dqar_fx.example_inputs import example_inputs
@@ -22,6 +23,7 @@ from dqar_fx.graph.capture import module_stack, readable
 from dqar_fx.graph.flops import Work, node_flops, site_savings, speedup_bound
 from dqar_fx.graph.inspect import capture_graphs
 from dqar_fx.graph.sites import find_sites
+from tests.graph.conftest import capture_call
 
 
 class Attention(nn.Module):
@@ -95,6 +97,38 @@ def test_what_a_site_saves_is_its_module_and_nothing_else() -> None:
     assert work.uncounted == ()
     assert readable(gm) == text  # the input is untouched
     assert not any("dqar_flops" in node.meta for node in gm.graph.nodes)
+
+
+class FlexAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.out(flex_attention(q, k, v, score_mod=lambda s, *_: s * 2).transpose(1, 2).flatten(-2))
+
+
+class WrittenOutAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.out(((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(-2))
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x)[0]
+
+
+@pytest.mark.parametrize("kind", [FlexAttention, WrittenOutAttention, MultiheadAttention])
+def test_other_forms_of_an_attention_cost_the_same(kind: Callable[[int], nn.Module]) -> None:
+    model = Model()
+    for block in model.blocks:
+        block.attn = kind(16)
+    gm, _ = capture_call(model.eval(), torch.randn(2, 8, 16))
+    work = Work([gm], [find_sites(gm)])
+    assert work.total == 2 * (PRODUCTS + 5 * LINEAR)
+    assert work.site_savings() == 2 * [PRODUCTS + 4 * LINEAR]
+    assert work.uncounted == ()
 
 
 def test_cache_bytes_are_those_of_values_and_scales() -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import dqar_fx
 from dqar_fx import CacheConfig, Schedule
-from tests.graph.conftest import WIDTH, Attention, attend, equal, tokens
+from tests.graph.conftest import WIDTH, Attention, attend, equal, join_heads, split_heads, tokens
 
 STEPS = 6
 
@@ -179,6 +180,56 @@ class NoModule(Tapped):
         return stream + gate * self.tap(self.out(attend(*self.qkv(x).chunk(3, -1))))
 
 
+class WrittenOut(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out((q @ k.transpose(1, 2)).softmax(-1) @ v)
+
+
+class LinearAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).relu().chunk(3, -1)
+        return self.out(q @ (k.transpose(1, 2) @ v) / (q @ k.sum(1).unsqueeze(-1) + 1))
+
+
+class Flex(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        mask = create_block_mask(lambda _b, _h, i, j: i >= j, None, None, x.shape[1], x.shape[1], device="cpu")
+        q, k, v = map(split_heads, self.qkv(x).chunk(3, -1))
+        return self.out(join_heads(flex_attention(q, k, v, block_mask=mask)))
+
+
+class MultiHead(Tapped):
+    """``nn.MultiheadAttention`` in a loop, with samples in the second dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(WIDTH, 2)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        y = x.transpose(0, 1)
+        out, _ = self.attn(y, y, y, need_weights=False)
+        return x + self.tap(out).transpose(0, 1) * timestep
+
+
+class WrittenOutInTheBlock(Tapped):
+    """Calls itself an attention and adds the residual itself, around one that is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = self.Inner()
+
+    class Inner(WrittenOut):
+        tap: Callable[[Any], Any] = staticmethod(lambda value: value)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.tap(super().forward(x))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        self.attn.tap = self.tap
+        return self.attn(x) * timestep
+
+
 class AutocastInside(Tapped):
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
         for module in self.children():
@@ -203,10 +254,15 @@ MODELS = {
     "two exits": (lambda: TwoStreams(attn=Joint()), 1),
     "a transposed exit": (lambda: ReadsTransposed(attn=Transposed()), 1),
     "no module": (NoModule, 1),
+    "written out": (lambda: InPlaceStream(attn=LinearAttention(), b_attn=WrittenOut()), 2),
+    "written out in a block": (WrittenOutInTheBlock, 1),
+    "flex attention": (lambda: InPlaceStream(a=Flex(), b=Flex()), 2),
+    "nn.MultiheadAttention": (MultiHead, 1),
     "autocast": (lambda: AutocastInside(a=Attention(), b=Attention()), 2),
 }
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # the oracle does, on purpose
 @pytest.mark.parametrize("name", MODELS)
 def test_reuse_is_what_replaying_the_attention_would_give(name: str) -> None:
     make, num_sites = MODELS[name]
@@ -242,6 +298,7 @@ def test_reuse_is_what_replaying_the_attention_would_give(name: str) -> None:
         ("two exits", "head"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # the oracle does, on purpose
 def test_int8_reuse_runs_and_stays_close(name: str, granularity: str) -> None:
     make, num_sites = MODELS[name]
     model = make().eval()

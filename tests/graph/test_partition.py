@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from dqar_fx.graph.capture import lift_constants, readable
 from dqar_fx.graph.guard import guard_sites
@@ -126,6 +127,31 @@ def test_the_picture_of_a_graph_tells_what_it_computes(one: Callable[..., Any], 
     assert pictures[0] == pictures[1]
     assert pictures[0] != pictures[2]
     assert hash(pictures[0]) == hash(pictures[1])
+
+
+class Flex(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.out(flex_attention(q, k, v, score_mod=self.score).transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def score(score: Tensor, _b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + (i - j)
+
+
+class OtherFlex(Flex):
+    @staticmethod
+    def score(score: Tensor, _b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score - (i - j)
+
+
+def test_equal_bodies_of_higher_order_operators_make_equal_pieces() -> None:
+    gm, _ = capture_call(Transformer(Block(Flex), Block(Flex), Block(OtherFlex)), tokens(), torch.tensor(1.0))
+    regions = find_sites(gm)
+    parts = partition(lift_constants(guard_sites(gm, regions))[0], regions)
+    assert labels(parts) == ["prologue", "blocks.0", "blocks.1", "blocks.2", "epilogue"]
+    assert parts[1].key == parts[2].key
+    assert parts[1].key != parts[3].key
 
 
 def test_graphs_that_differ_in_what_shares_memory_are_not_equal() -> None:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dqar_fx.graph.attentions import is_attention
 from dqar_fx.graph.capture import module_stack, readable
 from dqar_fx.graph.effects import target_name
-from dqar_fx.graph.sites import Region, find_sites, is_attention
+from dqar_fx.graph.sites import Region, find_sites
 from tests.graph.conftest import (
     WIDTH,
     Attention,
@@ -164,6 +165,23 @@ class Nested(Attention):
         return super().forward(self.refine(x))
 
 
+class RotaryCore(nn.Module):
+    """Calls itself an attention, and has nothing but the table that it is handed."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        return attend(q * table, k * table, v)
+
+
+class WithRotaryCore(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(WIDTH))
+        self.core_attn = RotaryCore()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.core_attn(*self.qkv(x).chunk(3, -1), self.table))
+
+
 class WithBuffer(Attention):
     """Writes its result into memory that it made, and hands that out."""
 
@@ -182,6 +200,7 @@ class WithBuffer(Attention):
         (Around(attn=GatedMixer()), "attn", "GatedMixer", "linear"),
         (Around(mix=GatedMixer()), "mix", "", "flatten"),  # a gate, and no name: only the product itself
         (Around(mix=WithCore()), "mix", "WithCore", "linear"),  # the core has no parameters: the module around it
+        (Around(attn=WithRotaryCore()), "attn", "WithRotaryCore", "linear"),
         (Around(block=Straight()), "block", "", "linear"),  # with the out-projection, without gate and residual
         (Around(block=SelfAttentionBlock()), "block", "", "linear"),
         (Around(block=FusedResidualAttention()), "block", "", "linear"),

@@ -4,9 +4,11 @@ import math
 
 import pytest
 
-from dqar_fx.runtime.clock import Clock, Move
+from dqar_fx.runtime.clock import Clock, Move, Tick
+from dqar_fx.runtime.conditioning import Relation
 
-START, NEXT, SAME, REPEAT, UNKNOWN = Move.START, Move.NEXT, Move.SAME, Move.REPEAT, Move.UNKNOWN
+START, DOUBT, NEXT = Move.START, Move.DOUBT, Move.NEXT
+SAME, REPEAT, UNKNOWN = Move.SAME, Move.REPEAT, Move.UNKNOWN
 
 
 def moves(clock: Clock, timesteps: list[float], branch: str = "") -> list[tuple[int, Move]]:
@@ -53,9 +55,48 @@ def test_an_unreadable_timestep_has_no_step(value: object) -> None:
     assert moves(clock, [800]) == [(1, NEXT)]
 
 
-def test_samples_at_different_timesteps_have_no_direction() -> None:
+def test_timesteps_of_several_samples_or_tokens_move_on_together() -> None:
     clock = Clock()
-    assert moves(clock, [(9.0, 8.0), (8.0, 7.0), (8.0, 7.0)]) == [(0, START), (0, START), (0, REPEAT)]  # type: ignore[list-item]
+    assert moves(clock, [(9.0, 8.0), (8.0, 7.0), (8.0, 6.0), (8.0, 6.0)]) == [
+        (0, START),
+        (1, NEXT),
+        (2, NEXT),
+        (2, REPEAT),
+    ]  # type: ignore[list-item]
+    assert moves(Clock(), [9.0, (0.0, 8.0), (0.0, 7.0)]) == [(0, START), (1, NEXT), (2, NEXT)]  # type: ignore[list-item]
+
+
+def test_timesteps_that_part_begin_anew() -> None:
+    assert moves(Clock(), [(9.0, 8.0), (8.0, 9.0), (1.0, 2.0, 3.0)]) == [(0, START)] * 3  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("relation", "expected"),
+    [
+        (Relation.OTHER, Tick(0, START, "new-generation")),
+        (Relation.EARLIER, Tick(2, DOUBT, "new-generation")),
+        (Relation.SHAPE, Tick(2, DOUBT, "shape")),
+    ],
+)
+def test_another_conditioning_at_the_next_step(relation: Relation, expected: Tick) -> None:
+    clock = Clock()
+    moves(clock, [9.0, 8.0])
+    assert clock.doubt(clock.at_timestep(7.0, ""), "", relation) == expected
+    assert clock.at_timestep(6.0, "") == Tick(expected.step + 1, NEXT)
+
+
+def test_another_conditioning_at_the_same_step_keeps_the_step() -> None:
+    clock = Clock()
+    moves(clock, [9.0, 8.0])
+    assert clock.doubt(clock.at_timestep(8.0, ""), "", Relation.OTHER) == Tick(1, DOUBT, "new-generation")
+    assert clock.at_timestep(7.0, "") == Tick(2, NEXT)
+
+
+def test_a_doubted_position_of_the_scheduler_stays_a_position() -> None:
+    clock, calendar = Clock(), object()
+    clock.at_step(4, "", calendar=calendar)
+    tick = clock.doubt(clock.at_step(5, "", calendar=calendar), "", Relation.OTHER)
+    assert tick == Tick(5, START, "new-generation")
 
 
 def test_steps_given_by_hand() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -321,3 +323,80 @@ def test_more_steps_than_planned_compute_and_warn_once() -> None:
     sample(model)  # warned once: a second warning here would be an error
     assert len(caught) == 1
     assert [d.action for d in dqar_fx.runtime(model).stats.decisions if d.step >= 3] == ["compute"] * 9
+
+
+def prompts(model: nn.Module, seed: int, steps: range, labels: Tensor) -> Tensor:
+    """The calls of a run at ``steps`` of the schedule; ``labels`` is its conditioning."""
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return torch.stack([model(x, timestep=timestep(step), class_labels=labels).sample for step in steps])
+
+
+def test_a_run_that_goes_on_after_another_reads_nothing_of_it() -> None:
+    model, plain = optimized(Schedule.always(NUM_STEPS)), make_dit()
+    first, second = torch.tensor([1, 2]), torch.tensor([3, 4])
+    prompts(model, 1, range(3), first)
+    prompts(model, 2, range(3), second)
+    assert torch.equal(prompts(model, 1, range(3, 4), first), prompts(plain, 1, range(3, 4), first))
+    assert {d.reason for d in dqar_fx.runtime(model).stats.decisions} == {"warmup"}  # the first step of a run
+
+
+def test_a_run_that_begins_below_an_abandoned_one_reads_nothing_of_it() -> None:
+    model, plain = optimized(Schedule.always(NUM_STEPS)), make_dit()
+    prompts(model, 1, range(1), torch.tensor([1, 2]))
+    labels = torch.tensor([3, 4])  # image to image: the first timestep is lower, as the next one of a run would be
+    assert torch.equal(prompts(model, 2, range(1, 2), labels), prompts(plain, 2, range(1, 2), labels))
+
+
+def test_a_run_abandoned_after_one_call_leaves_nothing_even_with_a_warm_up_of_one_step() -> None:
+    schedule = Schedule.always(NUM_STEPS, warmup=1)
+    model, labels = optimized(schedule), torch.tensor([3, 4])
+    clean = prompts(optimized(schedule), 2, range(NUM_STEPS), labels)
+    prompts(model, 1, range(1), torch.tensor([1, 2]))
+    assert torch.equal(prompts(model, 2, range(NUM_STEPS), labels), clean)
+
+
+def test_a_loop_that_makes_its_inputs_anew_is_told_why_nothing_is_reused() -> None:
+    model, plain = optimized(Schedule.always(NUM_STEPS)), make_dit()
+
+    def step_by_step(model: nn.Module) -> list[Tensor]:
+        return [prompts(model, 0, range(i, i + 1), torch.tensor([i, i])) for i in range(NUM_STEPS)]
+
+    with pytest.warns(UserWarning, match="class_labels were new tensors at each of the last 4 steps"):
+        computed = step_by_step(model)
+    assert all(map(torch.equal, computed, step_by_step(plain)))
+    with dqar_fx.runtime(model).generation(NUM_STEPS):
+        step_by_step(model)
+        assert dqar_fx.runtime(model).stats.reused == 3 * (NUM_STEPS - 1)
+
+
+def test_a_loop_that_stands_still_inside_its_generation_is_not_taken_for_the_caller() -> None:
+    model, plain = optimized(Schedule.always(NUM_STEPS)), make_dit()
+
+    def inside() -> Iterator[None]:
+        with dqar_fx.runtime(model).generation(NUM_STEPS):
+            labels = torch.tensor([1, 2])
+            for step in range(NUM_STEPS):
+                prompts(model, 1, range(step, step + 1), labels)
+                yield
+
+    loop = inside()
+    next(loop)
+    labels = torch.tensor([3, 4])
+    assert torch.equal(prompts(model, 2, range(1, 2), labels), prompts(plain, 2, range(1, 2), labels))
+    loop.close()
+
+
+def test_a_generation_inside_a_context_manager_is_the_one_around_its_body() -> None:
+    model = optimized(Schedule.always(NUM_STEPS))
+
+    @contextlib.contextmanager
+    def my_own() -> Iterator[None]:
+        with dqar_fx.runtime(model).generation(NUM_STEPS):
+            yield
+
+    labels = torch.tensor([3, 4])
+    with my_own():
+        prompts(model, 1, range(NUM_STEPS), labels)
+        assert dqar_fx.runtime(model).stats.reused == 3 * (NUM_STEPS - 1)
+    assert dqar_fx.runtime(model).stats.cache_bytes == 0

@@ -1,0 +1,237 @@
+"""Does a call belong to the generation before it? Judged by the inputs that stay the same throughout one.
+
+The timestep alone cannot tell two runs apart that take turns, or a run that begins in the middle of the schedule from
+the next step of one that was abandoned. What a model is conditioned on can: prompt embeddings, masks, labels and ids
+are made once per run, and every pipeline hands the same tensors to each step. The latents, the timestep, tables of
+positions and what is made anew for each step (ControlNet residuals) are left out, by argument name.
+
+Tensors are the same if they are the same memory, not written into since. No device is read for that. Only where memory
+differs from the beginning are values compared: a loop may make its inputs anew at every step. Once a run has shown that
+it hands over the same memory, other memory is another run, whatever it holds (two runs of one prompt).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+#: Parts of the names of arguments that change with the step, unless the name says what they are made of.
+_CHANGING = (
+    "hidden_states", "latent", "sample", "control", "residual", "token", "time", "sigma", "noise", "cache", "rotary",
+    "rope", "freqs",
+)  # fmt: skip
+_CONSTANT = ("encoder", "prompt", "pooled", "text")
+#: Elements of a tensor (labels, sizes, a guidance scale) that loops commonly make anew at every step.
+_SMALL = 64
+_QUOTED = re.compile(r"\['([^']*)'\]")
+
+
+def is_conditioning(name: str) -> bool:
+    """True if an argument called ``name`` stays the same during a generation (judged by the words in its name)."""
+    return any(word in name for word in _CONSTANT) or not any(word in name for word in _CHANGING)
+
+
+def tensors_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an argument, by name; those of a list or a dict have names of their own."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if is_conditioning(str(key)):
+                yield from tensors_in(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from tensors_in(item, f"{name}.{index}")
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often ``tensor`` has been written into; inference tensors do not count it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass(slots=True)
+class _Held:
+    """A tensor as a call gave it, held so that its memory cannot be taken by another."""
+
+    tensor: torch.Tensor
+    version: int
+    stays: bool = False  # the run has shown that it hands over the same memory
+    made_anew: bool = False  # the run has shown that it makes this at every step
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Held:
+        return cls(tensor, version(tensor))
+
+    def is_memory_of(self, given: _Held) -> bool:
+        """True if ``given`` is the same memory, not written into since."""
+        return self.version == given.version and _same_memory(self.tensor, given.tensor)
+
+    def equals(self, given: _Held) -> bool:
+        """True if ``given`` has the same values, and it is not known that it would be the same memory."""
+        a, b = self.tensor, given.tensor
+        if self.stays or self.version != version(a) or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+            return False
+        return torch.equal(a, b)
+
+
+#: The conditioning tensors of one call, by name.
+Inputs = dict[str, _Held]
+
+
+class InputReader:
+    """Picks the conditioning out of a call's arguments.
+
+    Args:
+        names: parameters of the forward, in order; the first but the timestep is the latents.
+        timestep: the one that holds the timestep, "" if there is none.
+    """
+
+    def __init__(self, names: list[str], timestep: str) -> None:
+        others = [name for name in names if name != timestep]
+        self._positions = {name: names.index(name) for name in others[1:] if is_conditioning(name)}
+        self._chosen = {name: name in self._positions for name in names}
+
+    def __call__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Inputs:
+        """The conditioning tensors of one call of the module."""
+        inputs: Inputs = {}
+        for name, position in self._positions.items():
+            if position < len(args):
+                inputs.update((n, _Held.of(t)) for n, t in tensors_in(args[position], name))
+        for name, value in kwargs.items():
+            chosen = self._chosen.get(name)
+            if chosen is None:  # goes through **kwargs
+                chosen = self._chosen[name] = is_conditioning(name)
+            if chosen:
+                inputs.update((n, _Held.of(t)) for n, t in tensors_in(value, name))
+        return inputs
+
+
+class SourceReader:
+    """The same for a captured graph, whose arguments are flat and named by where Dynamo took them from.
+
+    Args:
+        sources: of each argument, e.g. ``L['added_cond_kwargs']['resolution']``.
+        timestep: position of the timestep among them, None if there is none.
+    """
+
+    def __init__(self, sources: Sequence[str], timestep: int | None) -> None:
+        found = []
+        for position, source in enumerate(sources):
+            words = _QUOTED.findall(source)
+            if source.startswith("L['") and words and words[0] != "self" and position != timestep:
+                found.append((source, position, all(is_conditioning(word) for word in words)))
+        first = found[0][0] if found else ""  # the latents, in the order of the forward's parameters
+        self._positions = {name: position for name, position, chosen in found if chosen and name != first}
+
+    def __call__(self, arguments: Sequence[object]) -> Inputs:
+        """The conditioning tensors of one call of the graph."""
+        given = ((name, arguments[position]) for name, position in self._positions.items())
+        return {name: _Held.of(value) for name, value in given if isinstance(value, torch.Tensor)}
+
+
+class Relation(Enum):
+    """How a call's conditioning relates to that of the calls before it in its branch."""
+
+    FIRST = "the branch was not called before"
+    LAST = "that of the last call"
+    EARLIER = "that of another call at the last call's step"
+    EQUAL = "of the same values, in other memory, for the first time"
+    SHAPE = "of another shape"
+    OTHER = "another"
+
+
+class Conditioning:
+    """What the calls of one generation were conditioned on, by branch."""
+
+    def __init__(self) -> None:
+        #: What the calls at the present step had, oldest first: several where calls repeat without a name.
+        self._seen: dict[str, list[Inputs]] = {}
+        #: The same for the step before.
+        self._before: dict[str, list[Inputs]] = {}
+
+    def clear(self) -> None:
+        """Forget what was seen, and let go of the tensors."""
+        self._seen.clear()
+        self._before.clear()
+
+    def relation(self, branch: str, inputs: Inputs) -> Relation:
+        """What ``inputs`` are to the calls before in ``branch``; notes on them what that shows of the run."""
+        known = self._seen.get(branch)
+        if not known:
+            return Relation.FIRST
+        for relation, calls in ((Relation.LAST, known[-1:]), (Relation.EARLIER, known[:-1])):
+            for call in calls:
+                if _is_memory(call, inputs):
+                    for held in inputs.values():
+                        held.stays = True
+                    return relation
+        if any(_is_memory(call, inputs) for call in self._before.get(branch, ())):
+            return Relation.OTHER  # of a call that comes once a step, and it is not the turn of this one
+        for relation, calls in ((Relation.LAST, known[-1:]), (Relation.EARLIER, known[:-1])):
+            for call in calls:
+                equal = _equal(call, inputs)
+                if equal is not None:
+                    return relation if equal else Relation.EQUAL
+        shapes = [{name: held.tensor.shape for name, held in call.items()} for call in (*known, inputs)]
+        return Relation.OTHER if shapes[-1] in shapes[:-1] else Relation.SHAPE
+
+    def differing(self, branch: str, inputs: Inputs) -> list[str]:
+        """Names of the inputs that are other memory than the last call's in ``branch``."""
+        last = self._seen.get(branch, [{}])[-1]
+        return [n for n in inputs if n not in last or not last[n].is_memory_of(inputs[n])]
+
+    def note(self, branch: str, inputs: Inputs, *, repeated: bool) -> None:
+        """A call of ``branch`` had ``inputs``; ``repeated`` if it is not the first at its step."""
+        if repeated:
+            # A few are remembered, so that guidance in two calls is not taken for a new run at every step.
+            self._seen[branch] = [*self._seen.get(branch, ())[-3:], inputs]
+        else:
+            self._before[branch] = self._seen.get(branch, [])
+            self._seen[branch] = [inputs]
+
+
+def _is_memory(call: Inputs, inputs: Inputs) -> bool:
+    return call.keys() == inputs.keys() and all(held.is_memory_of(inputs[name]) for name, held in call.items())
+
+
+def _equal(call: Inputs, inputs: Inputs) -> bool | None:
+    """None if some value differs; True if the same run may well have made them, False if that is in doubt.
+
+    In doubt it is where a large tensor (a prompt's embedding) is in other memory and this was not seen before: a run
+    of the same prompt may have begun, in the middle of the schedule, where another was abandoned after one call.
+    """
+    if call.keys() != inputs.keys():
+        return None
+    certain = True
+    for name, held in call.items():
+        given = inputs[name]
+        if held.is_memory_of(given):
+            given.stays = True
+        elif not held.equals(given):
+            return None
+        else:
+            certain &= held.made_anew or given.tensor.numel() <= _SMALL
+            given.made_anew = True
+    return certain
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """True if both are one object, or views of the same elements."""
+    if a is b:
+        return True
+    try:
+        return (
+            a.shape == b.shape
+            and a.dtype == b.dtype
+            and a.device == b.device
+            and a.stride() == b.stride()
+            and a.numel() > 0
+            and a.data_ptr() == b.data_ptr()
+            and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        )
+    except RuntimeError:  # tensors without storage (sparse, wrapped)
+        return False

@@ -1,0 +1,301 @@
+"""Running pipelines, and the oracle: the same pipeline run eagerly, its attentions replayed where the plan reuses."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dqar_fx
+from dqar_fx import CacheConfig, Plan, Schedule
+from dqar_fx.graph.sites import Site
+from tests.pipelines.builders import BUILDERS, STEPS, Request
+
+#: Two steps compute, then two of three reuse: steps 2, 3 and 5 of six.
+SCHEDULE = Schedule.interval(STEPS, every=3, warmup=2)
+#: More steps than any test runs; the schedule begins the same for every number of steps.
+MANY = 50
+#: As many steps as the warm-up of the schedule has: nothing is reused.
+ALL_WARMUP = 2
+SETTINGS: dict[str, Any] = {"cache": CacheConfig(dtype="native"), "backend": "eager"}
+
+
+def generate(pipe: Any, kwargs: Mapping[str, Any], seed: int = 0) -> Tensor:
+    """One sample of a pipeline, as a tensor."""
+    torch.manual_seed(seed)  # DiTPipeline hands its generator to nothing but the first noise
+    result = pipe(**kwargs, generator=torch.Generator().manual_seed(seed), return_dict=False)[0]
+    if isinstance(result, list):
+        result = torch.stack([torch.as_tensor(r) for r in result])
+    result = torch.as_tensor(result)
+    assert result.isfinite().all()
+    return result
+
+
+def build(name: str, **request: Any) -> tuple[Any, dict[str, Any]]:
+    """A fresh pipeline and the arguments of its call."""
+    return BUILDERS[name](Request(**request))
+
+
+def call_of(name: str, **request: Any) -> dict[str, Any]:
+    """The arguments of a call."""
+    return build(name, **request)[1]
+
+
+@functools.cache
+def eager(name: str) -> Any:
+    """The eager pipeline, one for all tests."""
+    return build(name)[0]
+
+
+@functools.cache
+def optimized(name: str) -> Any:
+    """The pipeline with its transformer optimised, one for all tests: whatever a test does must not show in another.
+
+    The schedule is told the scheduler.
+    """
+    pipe = build(name)[0]
+    dqar_fx.optimize(pipe.transformer, SCHEDULE, scheduler=pipe.scheduler, **SETTINGS)
+    return pipe
+
+
+def expected(
+    pipe: Any, name: str, kwargs: Mapping[str, Any], seed: int = 0, *, by_timestep: bool = False, first: int = 0
+) -> Tensor:
+    """What a call of the optimised ``pipe``, which has run before, must give: by the oracle, on the eager pipeline.
+
+    Args:
+        by_timestep: no scheduler was given, so that only another timestep is another step.
+        first: the step that the first timestep then counts as.
+    """
+    reference = eager(name)
+    with on_scheduler(reference, pipe.scheduler):
+        if not by_timestep:
+            first = first_step(reference, kwargs)
+        runtime = dqar_fx.runtime(pipe.transformer)
+        oracle = Oracle(reference, runtime.sites, runtime.schedule, first, by_timestep=by_timestep)
+        with oracle.replaying():
+            return generate(reference, kwargs, seed)
+
+
+def first_step(pipe: Any, kwargs: Mapping[str, Any]) -> int:
+    """The step at which a generation starts: in the middle of the schedule if it changes an image."""
+    if "strength" not in kwargs:
+        return 0
+    scheduler = pipe.scheduler
+    with mock.patch.object(scheduler, "step", wraps=scheduler.step) as step:
+        generate(pipe, kwargs)
+    return len(scheduler.timesteps) - step.call_count
+
+
+def plain(pipe: Any, name: str, kwargs: Mapping[str, Any], seed: int = 0) -> Tensor:
+    """The same without any reuse."""
+    reference = eager(name)
+    with on_scheduler(reference, pipe.scheduler):
+        return generate(reference, kwargs, seed)
+
+
+@contextmanager
+def on_scheduler(pipe: Any, scheduler: Any) -> Iterator[None]:
+    """``pipe`` with a new scheduler of the same kind and settings as ``scheduler``."""
+    before = pipe.scheduler
+    pipe.scheduler = type(scheduler).from_config(scheduler.config)
+    try:
+        yield
+    finally:
+        pipe.scheduler = before
+
+
+def reuse_by_step(pipe: Any) -> dict[tuple[int, str], list[bool]]:
+    """Which sites reused in the last generation, for each step and branch; no two calls may share one."""
+    rows: dict[tuple[int, str], list[bool]] = {}
+    stats = dqar_fx.runtime(pipe.transformer).stats
+    for decision in stats.decisions:
+        rows.setdefault((decision.step, decision.branch), []).append(decision.action == "reuse")
+    sites = len(dqar_fx.runtime(pipe.transformer).sites)
+    assert {len(row) for row in rows.values()} <= {sites}, "a step was evaluated twice in one branch"
+    return rows
+
+
+def planned(pipe: Any, branches: Sequence[str], *, first: int = 0) -> dict[tuple[int, str], list[bool]]:
+    """The same as planned for the scheduler's number of steps."""
+    steps, sites = len(pipe.scheduler.timesteps), len(dqar_fx.runtime(pipe.transformer).sites)
+    plan = plan_for(SCHEDULE, sites, steps)
+    return {(t, branch): plan.reuse[t].tolist() for t in range(first, steps) for branch in branches}
+
+
+@functools.cache
+def plan_for(schedule: Schedule, sites: int, steps: int) -> Plan:
+    """The plan of a schedule, made once."""
+    return schedule.plan(sites, steps)
+
+
+class Oracle:
+    """An eager pipeline whose attentions give what they gave before wherever the plan reuses.
+
+    A step ends where the scheduler steps (before the next evaluation; how often does not matter), or where the timestep
+    changes; a branch is what the pipeline calls it (``cache_context``). A second call at one step and branch makes the
+    branch forget; so do other shapes. A site that a module owns is replayed as what the module returns, another one as
+    what ``scaled_dot_product_attention`` returns.
+    """
+
+    def __init__(self, pipe: Any, sites: Sequence[Site], schedule: Schedule, first: int, *, by_timestep: bool) -> None:
+        self.evaluations = 0
+        self._pipe = pipe
+        self._schedule = schedule
+        self._all_sites = list(sites)
+        self._sites = list(sites)  # those not found in the model yet
+        self._step = first
+        self._stepped = False
+        self._by_timestep = by_timestep
+        self._timestep: object = None
+        self._branch = ""
+        self._called: set[tuple[int, str]] = set()
+        self._shapes: dict[str, object] = {}
+        self._stored: dict[tuple[str, int], tuple[int, Any]] = {}  # (branch, site) -> step, value
+        self._site_of: dict[Any, int] = {}
+        self._computes = True
+        self._stack: list[Any] = []
+        self._counts: dict[Any, int] = {}
+        self._attention = F.scaled_dot_product_attention
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """While the pipeline runs."""
+        model, scheduler = self._pipe.transformer, self._pipe.scheduler
+        handle = model.register_forward_pre_hook(self._begin_call, with_kwargs=True)
+        wrapped = [(path, module) for path, module in model.named_modules() if path]
+        for path, module in wrapped:
+            module.forward = self._replayed(path, type(module).__name__, module.forward)
+        step = scheduler.step
+
+        @functools.wraps(step)  # pipelines look at the signature
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._stepped = True
+            return step(*args, **kwargs)
+
+        if not self._by_timestep:
+            scheduler.step = counted
+        named = hasattr(model, "cache_context")
+        if named:
+            model.cache_context = self._named(model.cache_context)
+        try:
+            with mock.patch.object(F, "scaled_dot_product_attention", self._product):
+                yield
+        finally:
+            handle.remove()
+            vars(scheduler).pop("step", None)
+            for _, module in wrapped:
+                del module.forward
+            if named:
+                del model.cache_context
+        assert not self._sites, f"found nowhere in the eager model: {[s.path for s in self._sites]}"
+
+    def _named(self, context: Callable[..., Any]) -> Callable[..., Any]:
+        @contextmanager
+        def named(name: str, **kwargs: Any) -> Iterator[None]:
+            self._branch = name
+            try:
+                with context(name, **kwargs):
+                    yield
+            finally:
+                self._branch = ""
+
+        return named
+
+    def _begin_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.evaluations += 1
+        if self._by_timestep:
+            timestep = kwargs["timestep"].tolist()
+            self._stepped, self._timestep = self._timestep not in (None, timestep), timestep
+        self._step, self._stepped = self._step + self._stepped, False
+        self._counts = {}
+        shapes = _shapes((args, kwargs))
+        repeats = (self._step, self._branch) in self._called
+        if repeats or self._shapes.get(self._branch) != shapes:
+            self._stored = {key: value for key, value in self._stored.items() if key[0] != self._branch}
+        self._called.add((self._step, self._branch))
+        self._shapes[self._branch] = shapes
+        self._computes = repeats
+
+    def _read(self, site: int | None) -> Any:
+        """The stored value, if the plan reads it now and it is no older than planned."""
+        if site is None or self._computes:
+            return None
+        steps = MANY if self._by_timestep else len(self._pipe.scheduler.timesteps)
+        plan = plan_for(self._schedule, len(self._all_sites), steps)
+        if not plan.reuse[self._step, site] or (self._branch, site) not in self._stored:
+            return None
+        step, value = self._stored[self._branch, site]
+        return _copied(value) if self._step - step <= plan.age[self._step, site] else None
+
+    def _store(self, site: int | None, value: Any) -> None:
+        if site is not None and not self._computes:
+            self._stored[self._branch, site] = self._step, _copied(value)
+
+    def _count(self, key: Any) -> int:
+        self._counts[key] = self._counts.get(key, -1) + 1
+        return self._counts[key]
+
+    def _replayed(self, path: str, owner: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def replayed(*args: Any, **kwargs: Any) -> Any:
+            key = (path, self._count(path))
+            if self.evaluations == 1:
+                self._find_site(key, path, owner)
+            value = self._read(self._site_of.get(key))
+            if value is not None:
+                return value
+            self._stack.append(key)
+            try:
+                value = forward(*args, **kwargs)
+            finally:
+                self._stack.pop()
+            self._store(self._site_of.get(key), value)
+            return value
+
+        return replayed
+
+    def _product(self, *args: Any, **kwargs: Any) -> Tensor:
+        inside = self._stack[-1] if self._stack else ("", 0)
+        key = (inside, self._count(inside))
+        if self.evaluations == 1:
+            self._find_site(key, inside[0], "")
+        value = self._read(self._site_of.get(key))
+        if value is None:
+            value = self._attention(*args, **kwargs)
+            self._store(self._site_of.get(key), value)
+        return value
+
+    def _find_site(self, key: Any, inside: str, owner: str) -> None:
+        """In the first evaluation: the first site left that fits. After a graph break only ends of paths are known."""
+        if any(call in self._site_of for call in self._stack):
+            return
+        for site in self._sites:
+            if site.owner == owner and (not site.path or f".{inside}".endswith(f".{site.path}")):
+                self._site_of[key] = self._all_sites.index(site)
+                self._sites.remove(site)
+                return
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return tuple((key, _shapes(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_shapes(item) for item in value)
+    return None
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_copied(item) for item in value)
+    return value
