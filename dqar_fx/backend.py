@@ -143,7 +143,8 @@ def make_runtime(
             f"scheduler is a {type(scheduler).__name__} without `timesteps`. Pass the pipeline's scheduler, "
             f"pipe.scheduler."
         )
-    return Runtime(schedule, cache, scheduler, sites, resolve_backend(backend, mode, options, dynamic))
+    compiler = resolve_backend(backend, mode, options, dynamic)
+    return Runtime(schedule, cache, scheduler, sites, compiler, dynamic=bool(dynamic))
 
 
 def runtime_of_compiled(model: Any) -> Runtime | None:

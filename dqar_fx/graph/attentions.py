@@ -86,7 +86,7 @@ def written_out(inside: set[fx.Node], fixed: set[fx.Node]) -> set[fx.Node]:
     product (one side is a parameter, which is in ``fixed``), a norm has none, and a single one (an outer product, a
     rotation of coordinates) is not enough.
     """
-    products = {n for n in inside if _is_product(n, fixed)}
+    products = {n for n in inside if is_product(n) and fixed.isdisjoint(_factors(n))}
     if not products:
         return set()
     found: set[fx.Node] = set()
@@ -98,11 +98,10 @@ def written_out(inside: set[fx.Node], fixed: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _is_product(node: fx.Node, fixed: set[fx.Node]) -> bool:
-    if node.op not in ("call_function", "call_method") or target_name(node) not in _PRODUCTS:
-        return False
-    factors = list(_factors(node))
-    return len(factors) >= 2 and not any(factor in fixed for factor in factors)
+def is_product(node: fx.Node) -> bool:
+    """True for a call that multiplies two matrices."""
+    called = node.op in ("call_function", "call_method") and target_name(node) in _PRODUCTS
+    return called and len(list(_factors(node))) >= 2
 
 
 def _factors(node: fx.Node) -> Iterator[fx.Node]:

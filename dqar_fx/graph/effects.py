@@ -192,10 +192,11 @@ def _setting(node: fx.Node) -> object:
 
 def must_keep(node: fx.Node) -> bool:
     """True for a node that has an effect of its own, whoever reads its value."""
-    return node.op in ("placeholder", "output") or changes_mode(node) or _asserts(node)
+    return node.op in ("placeholder", "output") or changes_mode(node) or asserts(node)
 
 
-def _asserts(node: fx.Node) -> bool:
+def asserts(node: fx.Node) -> bool:
+    """True for a check of the model's, or one that Dynamo has put in about a size."""
     return node.op == "call_function" and "assert" in target_name(node)
 
 

@@ -11,8 +11,12 @@ import torch
 from torch import fx
 
 from dqar_fx.graph.capture import fork, readable
-from dqar_fx.graph.effects import storages, writers
+from dqar_fx.graph.effects import asserts, storages, writers
+from dqar_fx.graph.owners import is_size
 from dqar_fx.graph.sites import Region
+
+#: In the ``meta`` of an assertion: the sites that it needs computed.
+CHECKS = "dqar_checks"
 
 
 def reuse_or_compute(site: int, *exits: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: ARG001  # for the reader
@@ -46,16 +50,41 @@ def guard_sites(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule
         guard.meta = {k: v for k, v in exits[-1].meta.items() if k != "example_value"}
         guard.meta["example_value"] = tuple(n.meta.get("example_value") for n in exits)
         after = guard
+        handed_on: dict[fx.Node, fx.Node] = {}
         for index, node in enumerate(exits):
             with out.graph.inserting_after(after):
                 item = out.graph.call_function(operator.getitem, (guard, index))
             item.meta = dict(node.meta)
             for user in [u for u in node.users if u not in inside and u is not guard]:
                 user.replace_input_with(node, item)
-            after = item
+            handed_on[node] = after = item
+        for name in region.sizes:  # numbers that follow from the sizes of the exits: from what the guard hands on
+            node = nodes[name]
+            with out.graph.inserting_after(after):
+                number = out.graph.node_copy(node, lambda n: handed_on.get(n, n))  # noqa: B023  # called here
+            number.meta = dict(node.meta)
+            for user in [u for u in node.users if u not in inside]:
+                user.replace_input_with(node, number)
+            handed_on[node] = after = number
+        for node in inside_checks(inside):
+            node.meta[CHECKS] = (*node.meta.get(CHECKS, ()), site)
     out.graph.lint()
     out.recompile()
     return out
+
+
+def inside_checks(inside: set[fx.Node]) -> set[fx.Node]:
+    """The assertions that can only be made if the attention was computed: about sizes of what is in it."""
+    found: set[fx.Node] = set()
+    pending = [user for node in inside for user in node.users]
+    while pending:
+        node = pending.pop()
+        if asserts(node):
+            found.add(node)
+        elif is_size(node) and node not in found:
+            found.add(node)
+            pending.extend(node.users)
+    return {node for node in found if asserts(node)}
 
 
 def guard_nodes(graph: fx.Graph) -> list[fx.Node]:

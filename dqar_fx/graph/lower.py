@@ -47,17 +47,21 @@ def resolve_backend(
     return torch._TorchCompileWrapper(backend, mode, dict(options) if options else None, dynamic)  # type: ignore[no-untyped-call]
 
 
-def signature(arguments: Sequence[Any]) -> Hashable:
-    """What a compiled piece may rely on: all about its tensors but their values, the value of the rest, the modes."""
+def signature(arguments: Sequence[Any], *, sizes: bool = True) -> Hashable:
+    """What a compiled piece may rely on: all about its tensors but their values, the value of the rest, the modes.
+
+    Without ``sizes``, neither shapes and strides nor numbers: of these only how many dimensions, and which type.
+    """
     described: list[Hashable] = [torch.is_inference_mode_enabled()]
     devices = set()
     for value in arguments:
         if isinstance(value, torch.Tensor):
             devices.add(value.device.type)
-            layout = (type(value), value.shape, value.stride(), value.dtype, value.device)
-            described.append((*layout, value.requires_grad, value.is_inference()))
+            layout = (value.shape, value.stride()) if sizes else (value.ndim,)
+            kind = (type(value), value.dtype, value.device, value.requires_grad, value.is_inference())
+            described.append((*kind, *layout))
         else:
-            described.append((type(value), value))
+            described.append((type(value), value if sizes or isinstance(value, bool) else None))
     # Under autocast the same graph is other kernels.
     described += [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if _autocast(d)]
     return tuple(described)
@@ -68,10 +72,16 @@ def _autocast(device: str) -> bool:
 
 
 class Lowerer:
-    """All compiled pieces of one optimised model, found by what they compute and what they are given."""
+    """All compiled pieces of one optimised model, found by what they compute and what they are given.
 
-    def __init__(self, backend: Backend) -> None:
+    Args:
+        backend: compiles a piece.
+        dynamic: a piece is compiled once for all sizes (where it must be at all: sizes 0 and 1 are others).
+    """
+
+    def __init__(self, backend: Backend, *, dynamic: bool = False) -> None:
         self._backend = backend
+        self._dynamic = dynamic
         self._compiled: dict[tuple[int, Hashable], BoxedCallable] = {}
         self._variants: list[Variant] = []  # keeps the ids in the keys unique
         self._lock = threading.Lock()
@@ -88,7 +98,7 @@ class Lowerer:
 
     def lower(self, variant: Variant, arguments: Sequence[Any]) -> BoxedCallable:
         """The compiled form of ``variant`` for arguments like these (shapes, strides, dtypes, devices)."""
-        key = (id(variant), signature(arguments))
+        key = (id(variant), signature(arguments, sizes=not self._dynamic))
         compiled = self._compiled.get(key)
         if compiled is None:
             with self._lock:
@@ -105,7 +115,8 @@ class Lowerer:
         started = time.perf_counter()
         gm = fork(variant.gm)
         as_it_is = any(finds_size(node) for node in gm.graph.nodes)
-        numbers = _bake_numbers(gm, arguments)
+        # Dynamo knows which sizes are symbols, and what it has assumed of them.
+        numbers = frozenset[int]() if self._dynamic else _bake_numbers(gm, arguments)
         for node in gm.graph.nodes:
             # Fake tensors of Dynamo's (finished) fake mode would clash with those of the compilation that starts here.
             node.meta.pop("example_value", None)
@@ -113,10 +124,16 @@ class Lowerer:
             node.meta.pop("unbacked_bindings", None)  # sizes that were found are given here, and are numbers
         tensors = [a for i, a in enumerate(arguments) if i not in numbers]
         self.uncompiled += as_it_is
-        function = gm.forward if as_it_is else self._backend(gm, tensors)
+        function: Callable[..., Any]
+        if as_it_is:
+            function = gm.forward
+        elif self._dynamic:
+            function = torch.compile(gm, backend=self._backend, dynamic=True, fullgraph=True)
+        else:
+            function = self._backend(gm, tensors)
         # With parameters of its own (a higher-order operator's body) only the outer function knows to pass them.
         own = any(True for _ in gm.parameters()) or any(True for _ in gm.buffers())
-        compiled: BoxedCallable = (lambda given: function(*given)) if own else boxed(function)
+        compiled: BoxedCallable = (lambda given: function(*given)) if own or self._dynamic else boxed(function)
         self.seconds += time.perf_counter() - started
         logger.info("compiled a piece of %d nodes in %.2f s", len(gm.graph.nodes), time.perf_counter() - started)
         if not numbers:

@@ -118,4 +118,4 @@ def parameter_only(nodes: list[fx.Node]) -> set[fx.Node]:
 def is_size(node: fx.Node) -> bool:
     """True for a number or a shape: no activation, whatever it was read off."""
     value = node.meta.get("example_value")
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.Size))
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, torch.SymBool, torch.Size))

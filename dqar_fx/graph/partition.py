@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dqar_fx.graph.capture import attribute, module_stack
+from dqar_fx.graph.attentions import is_attention, is_product
+from dqar_fx.graph.capture import attribute, is_parameter, module_stack
 from dqar_fx.graph.cuts import sink
 from dqar_fx.graph.effects import changes_mode, finds_size, mode_spans, storage_list, storages, written
-from dqar_fx.graph.guard import guard_nodes, guard_number, reuse_or_compute
+from dqar_fx.graph.guard import CHECKS, guard_nodes, guard_number, reuse_or_compute
 from dqar_fx.graph.sites import Region
 
 
@@ -29,6 +30,7 @@ class Piece:
         inputs: names, in the whole graph, of the values it reads.
         outputs: names, in the whole graph, of the values that later pieces or the model's result read.
         sites: the global site number of each local guard.
+        checked: the global numbers of the sites that its assertions need computed (in ``CHECKS`` counted from 0).
         label: the block it stands for, for people.
     """
 
@@ -38,6 +40,7 @@ class Piece:
     outputs: tuple[str, ...]
     sites: tuple[int, ...]
     label: str
+    checked: tuple[int, ...] = ()
 
 
 def partition(gm: fx.GraphModule, regions: Sequence[Region], *, fuse: bool = False) -> list[Piece]:
@@ -97,8 +100,9 @@ def _labels(nodes: list[fx.Node], regions: Sequence[Region]) -> dict[fx.Node, st
 def _runs(nodes: list[fx.Node], labels: dict[fx.Node, str]) -> list[tuple[str, list[fx.Node]]]:
     """Consecutive nodes of one block. What stands between two blocks joins the first; the end is a run of its own.
 
-    Within a block, what finds a size from values stands apart.
+    Within a block, what finds sizes from values stands apart.
     """
+    apart = _finding(nodes)
     runs: list[tuple[str, list[fx.Node]]] = []
     with_guard = max((i for i, n in enumerate(nodes) if n.target is reuse_or_compute), default=-1)
     last_block = labels[nodes[with_guard]] if with_guard >= 0 else ""
@@ -111,12 +115,25 @@ def _runs(nodes: list[fx.Node], labels: dict[fx.Node, str]) -> list[tuple[str, l
             finished, label = True, "epilogue"
         elif not label:
             label = runs[-1][0] if runs else "prologue"
-        apart = finds_size(node)
-        if not runs or runs[-1][0] != label or apart != finding:
+        if not runs or runs[-1][0] != label or (node in apart) != finding:
             runs.append((label, []))
-            finding = apart
+            finding = node in apart
         runs[-1][1].append(node)
     return runs
+
+
+def _finding(nodes: list[fx.Node]) -> set[fx.Node]:
+    """What finds a size, and what stands between two of that kind if it is nothing that is worth compiling."""
+    found: set[fx.Node] = set()
+    between: list[fx.Node] | None = None
+    for node in nodes:
+        if finds_size(node):
+            found.update(between or (), (node,))
+            between = []
+        elif between is not None:
+            works = node.target is reuse_or_compute or is_attention(node) or is_product(node)
+            between = None if works or any(map(is_parameter, node.all_input_nodes)) else [*between, node]
+    return found
 
 
 def _merge(runs: list[tuple[str, list[fx.Node]]], nodes: list[fx.Node]) -> list[tuple[str, list[fx.Node]]]:
@@ -166,15 +183,26 @@ def _piece(whole: fx.GraphModule, label: str, run: list[fx.Node], outputs: list[
         mapping[node] = graph.placeholder(f"in_{i}")
         mapping[node].meta = dict(node.meta)
     sites: list[int] = []
+    checked: dict[int, int] = {}
     for node in run:
         copy = mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         copy.meta = dict(node.meta)
         if node.target is reuse_or_compute:
             copy.args = (len(sites), *copy.args[1:])
             sites.append(guard_number(node))
+        if CHECKS in node.meta:
+            copy.meta[CHECKS] = tuple(checked.setdefault(site, len(checked)) for site in node.meta[CHECKS])
     graph.output(tuple(mapping[n] for n in outputs))
     gm = fx.GraphModule(whole, graph)
-    return Piece(gm, structure(gm), tuple(n.name for n in inputs), tuple(n.name for n in outputs), tuple(sites), label)
+    return Piece(
+        gm,
+        structure(gm),
+        tuple(n.name for n in inputs),
+        tuple(n.name for n in outputs),
+        tuple(sites),
+        label,
+        tuple(checked),
+    )
 
 
 def structure(gm: fx.GraphModule) -> Hashable:
@@ -193,7 +221,7 @@ def structure(gm: fx.GraphModule) -> Hashable:
             target = structure(value) if isinstance(value, fx.GraphModule) else ("attribute", id(value))
         arguments = freeze(node.args, number) if node.op != "placeholder" else ()
         memory = tuple(-1 if s in given else made.setdefault(s, len(made)) for s in storage_list(node))
-        lines.append((node.op, target, arguments, freeze(node.kwargs, number), memory))
+        lines.append((node.op, target, arguments, freeze(node.kwargs, number), memory, node.meta.get(CHECKS)))
     return tuple(lines)
 
 

@@ -33,7 +33,7 @@ from dqar_fx.graph.attentions import (
 from dqar_fx.graph.capture import ModuleCall, module_stack
 from dqar_fx.graph.effects import depending_on, storages, writers, written
 from dqar_fx.graph.kinds import kind_of
-from dqar_fx.graph.owners import owner_of, parameter_only
+from dqar_fx.graph.owners import is_size, owner_of, parameter_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ class Site:
 class Region:
     """A site together with its place in the graph (nodes by name, so that it survives a fork).
 
-    ``batch`` is the size of the attention's batch dimension, None where it cannot be read off.
+    ``batch`` is the size of the attention's batch dimension, None where it cannot be read off. ``sizes`` are numbers
+    that something outside reads and that follow from the sizes of the exits, with the numbers they are made of.
     """
 
     site: Site
@@ -73,6 +74,7 @@ class Region:
     exits: tuple[str, ...]
     inside: frozenset[str]
     batch: object = None
+    sizes: tuple[str, ...] = ()
 
 
 def find_sites(gm: fx.GraphModule) -> list[Region]:
@@ -148,7 +150,10 @@ def _region(
             if exit_node not in exits:
                 exits.append(exit_node)
                 inside.add(exit_node)
-    reason = _refusal(exits, inside, order)
+    numbers = {n for n in exits if is_size(n)}
+    exits = [n for n in exits if n not in numbers]
+    sizes = sorted(_made_of_numbers(numbers, inside), key=order.__getitem__)
+    reason = _refusal(exits, sizes, inside, order)
     parts = roles(attentions, inside)
     site = Site(
         index=-1,
@@ -161,7 +166,19 @@ def _region(
         reason=reason,
     )
     names = frozenset(n.name for n in inside)
-    return Region(site, tuple(n.name for n in attentions), site.exits, names, parts.batch)
+    return Region(site, tuple(n.name for n in attentions), site.exits, names, parts.batch, tuple(n.name for n in sizes))
+
+
+def _made_of_numbers(numbers: set[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
+    """``numbers``, and the numbers inside that they are made of."""
+    found: set[fx.Node] = set()
+    pending = list(numbers)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [a for a in node.all_input_nodes if a in inside and is_size(a)]
+    return found
 
 
 def _exits_of(node: fx.Node, inside: set[fx.Node]) -> list[fx.Node]:
@@ -175,7 +192,7 @@ def _exits_of(node: fx.Node, inside: set[fx.Node]) -> list[fx.Node]:
     return [node]
 
 
-def _refusal(exits: list[fx.Node], inside: set[fx.Node], order: dict[fx.Node, int]) -> str:
+def _refusal(exits: list[fx.Node], sizes: list[fx.Node], inside: set[fx.Node], order: dict[fx.Node, int]) -> str:
     """Why the region cannot be skipped, or ""."""
     if not exits:
         return "its value is never used"
@@ -187,6 +204,10 @@ def _refusal(exits: list[fx.Node], inside: set[fx.Node], order: dict[fx.Node, in
             return f"its exit {node.name} has dtype {value.dtype}; only floating point can be stored"
         if value.ndim < 2:
             return f"its exit {node.name} has {value.ndim} dimension(s); at least 2 are needed"
+    for node in sizes:
+        hidden = [a.name for a in node.all_input_nodes if a in inside and a not in sizes and a not in exits]
+        if hidden:
+            return f"the number {node.name}, which is read outside, is read off {hidden[0]}, which is not"
     outer = frozenset().union(*(storages(a) for n in inside for a in n.all_input_nodes if a not in inside))
     for node in inside:
         for target in written(node):
@@ -194,7 +215,7 @@ def _refusal(exits: list[fx.Node], inside: set[fx.Node], order: dict[fx.Node, in
                 return f"{node.name} writes in place into {target.name}, which lives outside of the attention"
     memory = frozenset().union(*map(storages, exits))
     last = max(order[n] for n in (*exits, *writers(inside, memory)))
-    for node in exits:
+    for node in (*exits, *sizes):
         early = [u.name for u in node.users if u not in inside and order[u] < last]
         if early:
             return f"{early[0]} reads the exit {node.name} before the attention is complete"

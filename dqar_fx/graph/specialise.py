@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.effects import eliminate_dead_code, storages, written
-from dqar_fx.graph.guard import guard_nodes, guard_number
+from dqar_fx.graph.guard import CHECKS, guard_nodes, guard_number
 from dqar_fx.quantize import dequantize_from, quantize_over, reduced_dims
 
 
@@ -95,7 +95,11 @@ def exit_layout(value: torch.Tensor, cache: CacheConfig, heads: int | None, batc
 
 
 def specialise(
-    gm: fx.GraphModule, outcomes: Sequence[Outcome], layouts: Sequence[Sequence[ExitLayout]], outputs: Sequence[int]
+    gm: fx.GraphModule,
+    outcomes: Sequence[Outcome],
+    layouts: Sequence[Sequence[ExitLayout]],
+    outputs: Sequence[int],
+    reused: frozenset[int] = frozenset(),
 ) -> Variant:
     """Give every guard its outcome and drop what is then dead; ``gm`` is left as it was.
 
@@ -107,7 +111,8 @@ def specialise(
     A compute step hands on the fresh value, never its quantised copy. Quantise and dequantise are plain operations of
     the graph, so that a compiler fuses them into their neighbours. Stored tensors are extra inputs, written in place:
     their addresses never change; one whose size is found only by computing it is returned instead. ``outputs`` are the
-    positions of the outputs that somebody will read.
+    positions of the outputs that somebody will read. An assertion about what is inside an attention goes where that is
+    not computed: ``reused`` are those of the piece's ``checked`` sites.
     """
     out = fork(gm)
     graph = out.graph
@@ -151,6 +156,9 @@ def specialise(
                 graph.erase_node(item)
     for guard in guards:
         graph.erase_node(guard)
+    for node in list(graph.nodes):
+        if not reused.isdisjoint(node.meta.get(CHECKS, ())):
+            graph.erase_node(node)
     result.args = ((*cast(tuple[fx.Node, ...], result.args[0]), *found.values()),)
     eliminate_dead_code(out)
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name.startswith("in_")]

@@ -13,7 +13,7 @@ from torch import fx
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import is_parameter, lift_constants, source_name, unwrap_scalars
 from dqar_fx.graph.effects import has_late_size, must_keep, storages, written
-from dqar_fx.graph.guard import guard_sites
+from dqar_fx.graph.guard import CHECKS, guard_sites
 from dqar_fx.graph.lower import BoxedCallable, Lowerer
 from dqar_fx.graph.partition import Piece, partition
 from dqar_fx.graph.share import share_repeated
@@ -227,13 +227,15 @@ class CapturedGraph:
         for piece, has_effects in zip(reversed(self.pieces), reversed(self._has_effects), strict=True):
             outputs = tuple(i for i, name in enumerate(piece.outputs) if name in needed)
             mine = tuple(outcomes[site] for site in piece.sites)
-            if not outputs and not has_effects and Outcome.STORE not in mine:
+            reused = frozenset(i for i, site in enumerate(piece.checked) if outcomes[site] is Outcome.REUSE)
+            checks = len(reused) < len(piece.checked)
+            if not outputs and not has_effects and not checks and Outcome.STORE not in mine:
                 continue
             layouts = tuple(tuple(self.layouts[site]) for site in piece.sites)
-            key = (piece.key, mine, layouts, outputs)
+            key = (piece.key, mine, layouts, outputs, reused)
             variant = self._variants.get(key)
             if variant is None:
-                variant = self._variants[key] = specialise(piece.gm, mine, layouts, outputs)
+                variant = self._variants[key] = specialise(piece.gm, mine, layouts, outputs, reused)
             needed |= {piece.inputs[i] for i in variant.inputs}
             chosen.append((piece, variant))
         chosen.reverse()
@@ -300,7 +302,8 @@ def _getter(registers: tuple[int, ...]) -> _Gather:
 
 
 def _has_effects(gm: fx.GraphModule) -> bool:
-    return any(written(n) or (must_keep(n) and n.op not in ("placeholder", "output")) for n in gm.graph.nodes)
+    nodes = (n for n in gm.graph.nodes if n.op not in ("placeholder", "output") and CHECKS not in n.meta)
+    return any(written(n) or must_keep(n) for n in nodes)
 
 
 def _is_number(node: fx.Node) -> bool:

@@ -96,11 +96,18 @@ class Runtime:
     """
 
     def __init__(
-        self, schedule: Schedule | Plan, cache: CacheConfig, scheduler: Any, sites: SiteFilter, backend: Backend
+        self,
+        schedule: Schedule | Plan,
+        cache: CacheConfig,
+        scheduler: Any,
+        sites: SiteFilter,
+        backend: Backend,
+        *,
+        dynamic: bool = False,
     ) -> None:
         self.schedule = schedule
         self.cache = cache
-        self.lowerer = Lowerer(backend)
+        self.lowerer = Lowerer(backend, dynamic=dynamic)
         self._scheduler = SchedulerIdentity(scheduler) if scheduler is not None else None
         self._filter = sites
         self._graphs: list[CapturedGraph] = []

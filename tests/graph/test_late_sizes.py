@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +74,28 @@ class Masked(nn.Module):
         return x
 
 
+class TwoParts(nn.Module):
+    """The attention hands out image and text apart, each of a size of its own (Framepack with one sample)."""
+
+    class Attn(Attention):
+        def forward(self, x: Tensor, text: int) -> tuple[Tensor, Tensor, int]:
+            y = super().forward(x)
+            image, words = y[:, :-text], y[:, -text:]
+            return image, words, image.shape[1] + words.shape[1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"attn": self.Attn()}) for _ in range(2))
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, timestep: Tensor) -> Tensor:
+        text = text[mask].unsqueeze(0)
+        y = torch.cat([x, text], 1)
+        for layer in self.layers:
+            *parts, length = layer["attn"](y, text.shape[1])
+            y = y + torch.cat(parts, 1) * timestep / length
+        return y
+
+
 def inputs(step: int = 0, mask: Tensor = MASK) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(1, 4, WIDTH, generator=generator)
@@ -116,6 +140,39 @@ def test_a_value_of_a_late_size_is_returned_for_storing_and_read_from_a_buffer(g
     assert variant_of(Outcome.STORE, CacheConfig(dtype="native")).found == (BufferUse(0, 0, 0),)
 
 
+def test_numbers_that_follow_from_the_exits_are_read_off_what_is_handed_on() -> None:
+    gm, _ = capture_call(TwoParts().eval(), *inputs())
+    regions = find_sites(gm)
+    assert [(r.site.kind, len(r.exits), r.site.reason) for r in regions] == [("joint", 2, "")] * 2
+    assert any(r.sizes for r in regions)
+    guarded = guard_sites(gm, regions)
+    nodes = {n.name: n for n in guarded.graph.nodes}
+    for region in regions:
+        for name in region.sizes:
+            assert {user.name for user in nodes[name].users} <= region.inside
+
+
+def test_assertions_about_what_is_not_computed_do_not_keep_it_computing() -> None:
+    model = TwoParts().eval()
+    dqar_fx.optimize(model, Schedule.interval(2, every=2, warmup=1), backend="eager")
+    runtime = dqar_fx.runtime(model)
+    with runtime.generation(num_steps=2):
+        for i in range(2):
+            runtime.begin_step(i)
+            model(*inputs(i))
+        assert runtime.stats.reused == 2
+    (graph,) = runtime.graphs
+    called: dict[Outcome, Counter[str]] = {Outcome.STORE: Counter(), Outcome.REUSE: Counter()}
+    for outcome, count in called.items():
+        for step in graph.build((outcome,) * 2).steps:
+            count.update(ops(step.variant.gm))
+    assert called[Outcome.STORE]["scaled_dot_product_attention"] == 2
+    assert called[Outcome.REUSE]["scaled_dot_product_attention"] == called[Outcome.REUSE]["linear"] == 0
+    checks = [called[outcome]["_assert_scalar.default"] for outcome in (Outcome.STORE, Outcome.REUSE)]
+    assert 0 < checks[1] < checks[0]  # those about the input stay
+    dqar_fx.restore(model)
+
+
 def test_what_finds_a_size_is_not_compiled() -> None:
     lowerer = Lowerer(resolve_backend("inductor"))
     finding = next(p for p in pieces_of(Packed()) if ops(p.gm) == {"getitem": 1})
@@ -136,9 +193,9 @@ class Replaying:
         owner = self
 
         class Replay(nn.Module):
-            stored: Tensor
+            stored: Any
 
-            def forward(self, *args: Tensor) -> Tensor:
+            def forward(self, *args: Any) -> Any:
                 if owner.step % 2 == 0:
                     self.stored = module(*args)
                 return self.stored
@@ -151,7 +208,7 @@ class Replaying:
         return result
 
 
-@pytest.mark.parametrize("make", [Packed, Masked])
+@pytest.mark.parametrize("make", [Packed, Masked, TwoParts])
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_generations_of_other_sizes_reuse_one_after_the_other(make: type[nn.Module], backend: str) -> None:
     model = make().eval()

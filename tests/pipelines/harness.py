@@ -53,15 +53,15 @@ def eager(name: str) -> Any:
     return build(name)[0]
 
 
-@functools.cache
-def optimized(name: str) -> Any:
-    """The pipeline with its transformer optimised, one for all tests: whatever a test does must not show in another.
-
-    The schedule is told the scheduler.
-    """
+def fresh(name: str) -> Any:
+    """A pipeline whose transformer is optimised, its scheduler known."""
     pipe = build(name)[0]
     dqar_fx.optimize(pipe.transformer, SCHEDULE, scheduler=pipe.scheduler, **SETTINGS)
     return pipe
+
+
+#: The same, one for all tests: whatever a test does must not show in another.
+optimized = functools.cache(fresh)
 
 
 def expected(

@@ -1,0 +1,78 @@
+"""What an optimised module calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from dqar_fx.runtime.conditioning import InputReader
+from dqar_fx.runtime.runtime import Runtime
+
+
+class OptimizedCall:
+    """What an optimised module calls: tells the runtime where a call begins and ends, and runs the compiled model.
+
+    It hangs where ``nn.Module.compile`` hangs its own, so torch itself leaves it out of copies and pickles.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        compile_model: Callable[[], Callable[..., Any]],
+        timestep: tuple[str, int] | None,
+        inputs: InputReader,
+    ) -> None:
+        self.runtime = runtime
+        self._compile = compile_model
+        self._compiled = compile_model()
+        #: Lets Dynamo take boolean masks, ``nonzero`` and ``item`` into the graph, where it would break without. Put
+        #: away after the first call of a model that has none: entering it takes 10 us.
+        self._dynamic_operators: Any = torch._dynamo.config.patch(
+            capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
+        )
+        self._first = True
+        self._inputs = inputs
+        self._name, self._position = timestep or ("", -1)
+
+    # In a function that is itself compiled, Dynamo must call this as it is: traced into, it would be the plain model.
+    @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]  # torch leaves it untyped
+        reason="this model was compiled by dqar_fx.optimize; what calls it need not be"
+    )
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One evaluation of the model."""
+        timestep = kwargs.get(self._name)
+        if timestep is None and 0 <= self._position < len(args):
+            timestep = args[self._position]
+        runtime = self.runtime
+        runtime.begin_call(timestep, self._inputs(args, kwargs))
+        try:
+            if self._dynamic_operators is None:
+                result = self._compiled(*args, **kwargs)
+            else:
+                result = self._call_with_dynamic_operators(args, kwargs)
+            runtime.end_call()
+        except BaseException:
+            runtime.abort_call()
+            raise
+        return result
+
+    def _call_with_dynamic_operators(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        first, self._first = self._first, False
+        try:
+            with self._dynamic_operators:
+                result = self._compiled(*args, **kwargs)
+        except (TorchDynamoException, GuardOnDataDependentSymNode):
+            if not first:
+                raise
+            # Not all of torch can be traced with sizes that are known only at run time: break the graph there instead.
+            self._dynamic_operators = None
+            self._compiled = self._compile()
+            self.runtime.forget_captures()
+            return self._compiled(*args, **kwargs)
+        if not self.runtime.needs_dynamic_operators:
+            self._dynamic_operators = None
+        return result
