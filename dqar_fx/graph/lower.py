@@ -84,7 +84,8 @@ class Lowerer:
         self._dynamic = dynamic
         self._compiled: dict[tuple[int, Hashable], BoxedCallable] = {}
         self._variants: list[Variant] = []  # keeps the ids in the keys unique
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._count = 0
         self.seconds = 0.0
         #: How many of the pieces run as they are: they find a size from values, which is nothing to compile.
         self.uncompiled = 0
@@ -93,49 +94,46 @@ class Lowerer:
 
     @property
     def count(self) -> int:
-        """How many (piece, outcome, input signature) have been compiled."""
-        return len(self._compiled)
+        """How often a piece has been compiled: once for each outcome and kind of input, if need be for each size."""
+        return self._count
 
     def lower(self, variant: Variant, arguments: Sequence[Any]) -> BoxedCallable:
         """The compiled form of ``variant`` for arguments like these (shapes, strides, dtypes, devices)."""
-        key = (id(variant), signature(arguments, sizes=not self._dynamic))
+        return self._lower(variant, arguments, sizes=not self._dynamic)
+
+    def _lower(self, variant: Variant, arguments: Sequence[Any], *, sizes: bool) -> BoxedCallable:
+        key = (id(variant), signature(arguments, sizes=sizes))
         compiled = self._compiled.get(key)
         if compiled is None:
             with self._lock:
                 compiled = self._compiled.get(key)
                 if compiled is None:
-                    compiled = self._compile(variant, arguments)
+                    compiled = self._compile(variant, arguments, sizes=sizes)
                     self._variants.append(variant)
                     self._compiled[key] = compiled
-            if self.on_compile is not None:
-                self.on_compile(len(self._compiled))
         return compiled
 
-    def _compile(self, variant: Variant, arguments: Sequence[Any]) -> BoxedCallable:
-        started = time.perf_counter()
+    def _compile(self, variant: Variant, arguments: Sequence[Any], *, sizes: bool) -> BoxedCallable:
         gm = fork(variant.gm)
         as_it_is = any(finds_size(node) for node in gm.graph.nodes)
-        # Dynamo knows which sizes are symbols, and what it has assumed of them.
-        numbers = frozenset[int]() if self._dynamic else _bake_numbers(gm, arguments)
+        # Without sizes the numbers stay arguments: Dynamo knows which of them are symbols, and what it assumed of them.
+        numbers = _bake_numbers(gm, arguments) if sizes else frozenset[int]()
         for node in gm.graph.nodes:
             # Fake tensors of Dynamo's (finished) fake mode would clash with those of the compilation that starts here.
             node.meta.pop("example_value", None)
             node.meta.pop("grapharg", None)
             node.meta.pop("unbacked_bindings", None)  # sizes that were found are given here, and are numbers
-        tensors = [a for i, a in enumerate(arguments) if i not in numbers]
-        self.uncompiled += as_it_is
-        function: Callable[..., Any]
         if as_it_is:
-            function = gm.forward
-        elif self._dynamic:
-            function = torch.compile(gm, backend=self._backend, dynamic=True, fullgraph=True)
+            self.uncompiled += 1
+            self._done()
+            compiled: BoxedCallable = lambda given: gm.forward(*given)  # noqa: E731  # one of three
+        elif sizes:
+            function = self._counted(gm, [a for i, a in enumerate(arguments) if i not in numbers])
+            # With parameters of its own (a higher-order operator's body) only the outer function knows to pass them.
+            own = any(True for _ in gm.parameters()) or any(True for _ in gm.buffers())
+            compiled = (lambda given: function(*given)) if own else boxed(function)
         else:
-            function = self._backend(gm, tensors)
-        # With parameters of its own (a higher-order operator's body) only the outer function knows to pass them.
-        own = any(True for _ in gm.parameters()) or any(True for _ in gm.buffers())
-        compiled: BoxedCallable = (lambda given: function(*given)) if own or self._dynamic else boxed(function)
-        self.seconds += time.perf_counter() - started
-        logger.info("compiled a piece of %d nodes in %.2f s", len(gm.graph.nodes), time.perf_counter() - started)
+            compiled = self._for_all_sizes(variant, gm)
         if not numbers:
             return compiled
 
@@ -145,6 +143,42 @@ class Lowerer:
             return compiled(tensors)
 
         return without_numbers
+
+    def _for_all_sizes(self, variant: Variant, gm: fx.GraphModule) -> BoxedCallable:
+        """``gm`` as Dynamo compiles it with symbolic sizes; for each size apart, if it cannot trace its graph again.
+
+        (Of a higher-order operator it cannot: its arguments are no longer those of the function that a user calls.)
+        """
+        function = torch.compile(gm, backend=self._counted, dynamic=True, fullgraph=True)
+        refused = False
+
+        def run(given: list[Any]) -> Sequence[Any]:
+            nonlocal refused
+            if not refused:
+                try:
+                    result: Sequence[Any] = function(*given)
+                except torch._dynamo.exc.TorchDynamoException as error:  # while it traces: nothing has run yet
+                    logger.info("a piece is compiled for each size: %s", str(error).split("\n", 1)[0])
+                    refused = True
+                else:
+                    return result
+            return self._lower(variant, given, sizes=True)(given)
+
+        return run
+
+    def _counted(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        started = time.perf_counter()
+        function = self._backend(gm, inputs)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        logger.info("compiled a piece of %d nodes in %.2f s", len(gm.graph.nodes), seconds)
+        self._done()
+        return function
+
+    def _done(self) -> None:
+        self._count += 1
+        if self.on_compile is not None:
+            self.on_compile(self._count)
 
 
 def _bake_numbers(gm: fx.GraphModule, arguments: Sequence[Any]) -> frozenset[int]:

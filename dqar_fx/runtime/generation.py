@@ -123,6 +123,7 @@ class Generation:
     pool: BufferPool | None = None  # where stores go that are to outlive this generation
     branch: str = ""
     manual_step: int | None = None
+    repeats: int = 0  # calls that came at a step and in a branch that had been called already
     log: deque[tuple[int, str, int, Outcomes, tuple[str, ...]]] = field(
         default_factory=lambda: deque(maxlen=LOGGED_CALLS)
     )
@@ -137,6 +138,7 @@ class Generation:
         if tick.move is Move.UNKNOWN:
             return tick
         repeated = tick.move is Move.REPEAT
+        self.repeats += repeated
         told = (self.explicit or self.manual_step is not None) and not self.is_shared
         if tick.move is Move.START:
             self.conditioning.clear()
@@ -155,6 +157,7 @@ class Generation:
         if tick.move is Move.START:
             self._drop()
             self.log.clear()
+            self.repeats = 0
         elif tick.move in (Move.DOUBT, Move.REPEAT, Move.UNKNOWN):
             for (branch, _), stored in self._stores.items():
                 if branch == self.branch:

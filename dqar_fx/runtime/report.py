@@ -83,6 +83,7 @@ class Report:
     plan: Plan | None
     site_bytes: dict[int, int]
     stats: Stats
+    repeats: int
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as numbers, strings, lists and dicts."""
@@ -121,6 +122,7 @@ class Report:
             "reused": self.stats.reused,
             "reuse_ratio": self.stats.reuse_ratio,
             "cache_bytes": self.stats.cache_bytes,
+            "repeated_calls": self.repeats,
         }
 
     def __str__(self) -> str:
@@ -151,5 +153,10 @@ class Report:
         headers = ["site", "path", "kind", "exits", "shape", "planned", "reused", "cache KiB"]
         lines = [*head, tabulate(rows, headers=headers)]
         lines += [f"left computing: {s['path'] or '?'} ({s['kind']}): {s['reason']}" for s in data["left_computing"]]
+        if self.repeats:
+            lines.append(
+                f"{self.repeats} calls came at a step that had been called already, and computed: if these are the "
+                f"branches of guidance, name them: `with runtime.branch('cond'): ...`."
+            )
         lines += [f"graph break: {b['reason']} at {b['where']}" for b in data["graph_breaks"]]
         return "\n".join(lines)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from types import FrameType
 from typing import Any
 
 from torch import fx
@@ -27,6 +23,7 @@ from dqar_fx.plan import Plan
 from dqar_fx.runtime.cache import BufferPool
 from dqar_fx.runtime.clock import Move, Tick
 from dqar_fx.runtime.conditioning import Inputs
+from dqar_fx.runtime.entered import Entered, entered_by
 from dqar_fx.runtime.generation import Generation, StepTable
 from dqar_fx.runtime.identity import SchedulerIdentity, read_timestep
 from dqar_fx.runtime.program import CapturedGraph
@@ -35,36 +32,8 @@ from dqar_fx.schedule import Schedule
 
 SiteFilter = Callable[[Site], bool] | str | Sequence[str] | None
 
-#: Generations entered with ``Runtime.generation`` and not left, innermost last. A context variable, so that threads and
-#: asyncio tasks (and ``asyncio.to_thread``) each see their own.
-_entered: ContextVar[tuple[_Entered, ...]] = ContextVar("dqar_fx_generations", default=())
-
 #: Restarts in a row, each because of another conditioning, after which a loop is told why nothing is reused.
 _RESTARTS = 3
-
-
-class _Entered:
-    """A generation as a context manager; remembers the frame of the ``with`` statement for as long as it is open."""
-
-    def __init__(self, runtime: Runtime, num_steps: int | None) -> None:
-        self.runtime = runtime
-        self.generation = Generation(num_steps=num_steps, explicit=True, pool=runtime.pool)
-        self.frame: FrameType | None = None
-        self.may_be_suspended = False
-
-    def __enter__(self) -> Runtime:
-        if self in _entered.get():
-            raise RuntimeStateError("this generation is entered already. Make another: runtime.generation(num_steps).")
-        self.frame = sys._getframe(1)
-        self.may_be_suspended = bool(self.frame.f_code.co_flags & inspect.CO_GENERATOR)
-        _entered.set((*_entered.get(), self))
-        return self.runtime
-
-    def __exit__(self, *_: object) -> None:
-        _entered.set(tuple(entered for entered in _entered.get() if entered is not self))
-        self.frame = None
-        self.generation.free()
-        self.runtime._threads.last = self.generation
 
 
 @dataclass(slots=True)
@@ -152,7 +121,11 @@ class Runtime:
         sites = self.schedule.num_sites if isinstance(self.schedule, Plan) else self._num_sites()
         if num_steps is not None and sites is not None:
             self._plan_for(sites, num_steps)  # refused here, if it does not fit, and not in the middle of the run
-        return _Entered(self, num_steps)
+        generation = Generation(num_steps=num_steps, explicit=True, pool=self.pool)
+        return Entered(self, generation, self._left)
+
+    def _left(self, generation: Generation) -> None:
+        self._threads.last = generation
 
     def begin_step(self, step: int) -> None:
         """The calls from here to the next ``begin_step`` are step ``step`` (counted from 0) of this generation.
@@ -239,6 +212,7 @@ class Runtime:
             plan=self.plan,
             site_bytes=self._generation().site_bytes(),
             stats=self.stats,
+            repeats=self._generation().repeats,
         )
 
     def diff(self) -> str:
@@ -403,22 +377,7 @@ class Runtime:
 
     def _generation(self) -> Generation:
         """The generation that the calling code is in."""
-        mine = [entered for entered in _entered.get() if entered.runtime is self]
-        if not mine:
-            return self._threads.implicit
-        if len(mine) == 1 and not mine[0].may_be_suspended:
-            return mine[0].generation
-        # Nested, or generators that take turns: of those, only the one that runs now has its frame on the stack.
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            for entered in reversed(mine):
-                if entered.frame is frame:
-                    return entered.generation
-            frame = frame.f_back
-        # A generator has entered it and stands still: it may be a context manager around us, or a loop that has nothing
-        # to do with us. What the call is conditioned on has to tell.
-        mine[-1].generation.is_shared = True
-        return mine[-1].generation
+        return entered_by(self) or self._threads.implicit
 
     def _identify(self, generation: Generation, timestep: object, inputs: Inputs) -> Tick:
         clock, branch = generation.clock, generation.branch

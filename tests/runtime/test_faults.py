@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dqar_fx
 from dqar_fx import CacheConfig, Schedule
-from dqar_fx.runtime.runtime import _entered
+from dqar_fx.runtime.entered import open_generations
 from tests.models import NUM_STEPS, make_dit, sample, timestep
 
 SCHEDULE = Schedule.interval(NUM_STEPS, every=3, warmup=2)
@@ -175,7 +175,7 @@ def test_two_generators_that_take_turns_each_give_what_they_give_alone() -> None
     *_, rest = second
     assert torch.equal(last[0], alone[0])
     assert torch.equal(rest, alone[1])
-    assert not _entered.get()
+    assert not open_generations.get()
 
 
 def test_tasks_that_take_turns_each_give_what_they_give_alone() -> None:
@@ -249,6 +249,7 @@ def test_unnamed_branches_compute() -> None:
     model = optimized(Schedule.always(NUM_STEPS))
     assert torch.equal(guided(model, named=False), guided(make_dit(), named=False))
     assert dqar_fx.runtime(model).stats.reused == 0
+    assert f"{NUM_STEPS} calls came at a step that had been called already" in str(dqar_fx.runtime(model).report())
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced"])
