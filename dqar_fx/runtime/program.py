@@ -21,7 +21,7 @@ from dqar_fx.graph.sites import Region
 from dqar_fx.graph.specialise import ExitLayout, Outcome, Variant, exit_layout, specialise
 from dqar_fx.runtime.cache import ExitSpec, Store
 from dqar_fx.runtime.offload import Copies, Transfer
-from dqar_fx.runtime.sizes import check_sizes, exit_spec
+from dqar_fx.runtime.sizes import check_sizes, exit_spec, symbols_of
 
 Outcomes = tuple[Outcome, ...]
 _Gather = Callable[[Sequence[Any]], Sequence[Any]]
@@ -120,7 +120,11 @@ class CapturedGraph:
             i for i, n in enumerate(given) if is_parameter(n) and not _is_number(n) and not storages(n) & own
         )
         self._parameters_of = _getter(self.parameters)
-        self.sizes = tuple(i for i, n in enumerate(given) if _is_number(n))
+        # Not every number is a size: where a timestep is a view into the scheduler's, its offset counts the steps.
+        symbols = symbols_of(gm.graph.nodes)
+        self.sizes = tuple(
+            i for i, n in enumerate(given) if _is_number(n) and (n.users or str(n.meta.get("example_value")) in symbols)
+        )
         self.sources = tuple(source_name(n) for n in given)
         self._specs: dict[tuple[object, ...], list[list[ExitSpec]]] = {}
         # A piece whose outputs nobody needs still runs if it writes into something.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from dqar_fx.errors import CacheError
+from dqar_fx.graph.effects import tensors_of
 from dqar_fx.graph.specialise import ExitLayout
 from dqar_fx.runtime.cache import ExitSpec, is_apart
 
@@ -23,6 +25,17 @@ def exit_spec(value: torch.Tensor, layout: ExitLayout, sizes: dict[str, int], on
     shape = tuple(_resolve(s, sizes) for s in value.shape)
     stride = tuple(_resolve(s, sizes) for s in value.stride())
     return ExitSpec(shape, stride if _is_dense(shape, stride) else _contiguous(shape), value.device, layout, on_host)
+
+
+def symbols_of(nodes: Iterable[fx.Node]) -> set[str]:
+    """Names of the symbols in the shapes and strides of all values; those that only say where a view begins are not."""
+    found: set[str] = set()
+    for node in nodes:
+        for tensor in tensors_of(node.meta.get("example_value")):
+            for size in (*tensor.shape, *tensor.stride()):
+                if isinstance(size, torch.SymInt):
+                    found.update(map(str, size.node.expr.free_symbols))
+    return found
 
 
 def _resolve(size: int | torch.SymInt, sizes: dict[str, int]) -> int:
