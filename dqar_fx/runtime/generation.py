@@ -130,10 +130,11 @@ class Generation:
     _stores: dict[tuple[str, int], _Stored] = field(default_factory=dict)
     _weights: dict[tuple[int, int], tuple[Sequence[torch.Tensor], list[int]]] = field(default_factory=dict)
 
-    def judge(self, tick: Tick, inputs: Inputs) -> Tick:
+    def judge(self, tick: Tick, inputs: Inputs, *, scheduled: bool = False) -> Tick:
         """``tick`` if, by its conditioning ``inputs``, the call may belong to those before it; otherwise a start.
 
-        Where the caller says what belongs together (``generation``, ``begin_step``), that is believed.
+        Where the caller says what belongs together (``generation``, ``begin_step``), that is believed. Where a
+        scheduler says which step it is (``scheduled``), a run that begins anew has other timesteps, so a repeat is one.
         """
         if tick.move is Move.UNKNOWN:
             return tick
@@ -142,7 +143,7 @@ class Generation:
         told = (self.explicit or self.manual_step is not None) and not self.is_shared
         if tick.move is Move.START:
             self.conditioning.clear()
-        elif not told:
+        elif not told and not (repeated and scheduled):
             relation = self.conditioning.relation(self.branch, inputs)
             same = (Relation.FIRST, Relation.LAST, *((Relation.EARLIER, Relation.EQUAL) if repeated else ()))
             if relation not in same:

@@ -392,7 +392,7 @@ class Runtime:
             tick = clock.at_timestep(read_timestep(timestep), branch)
         moves_on = tick.move is Move.NEXT
         differing = generation.conditioning.differing(branch, inputs) if self._restarts == _RESTARTS else []
-        tick = generation.judge(tick, inputs)
+        tick = generation.judge(tick, inputs, scheduled=position is not None)
         if moves_on:
             self._restarts = self._restarts + 1 if tick.move is Move.START else 0
             if self._restarts > _RESTARTS:
