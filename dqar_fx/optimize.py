@@ -49,7 +49,8 @@ def optimize(
     Nothing runs yet: the model is captured at its first call and each piece is compiled when it is first needed.
 
     Args:
-        model: a diffusers transformer or any ``nn.Module`` whose attentions call ``scaled_dot_product_attention``.
+        model: a diffusers transformer or any ``nn.Module`` with attentions: ``scaled_dot_product_attention``,
+            ``flex_attention``, ``nn.MultiheadAttention``, or written out in a module that is called an attention.
         schedule: which attention reuses at which step: a ``Schedule`` or a ``Plan``.
         cache: how stored values look (INT8 per token by default).
         scheduler: the pipeline's diffusers scheduler. With it a step is identified without reading the device, and

@@ -6,7 +6,9 @@ whose formulas these are.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import operator
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -17,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import fork
-from dqar_fx.graph.effects import changes_mode
+from dqar_fx.graph.effects import asserts, changes_mode, finds_size, has_late_size
 from dqar_fx.graph.lower import Lowerer
+from dqar_fx.graph.owners import is_size
 from dqar_fx.graph.sites import Region
 from dqar_fx.graph.specialise import Outcome, Variant
 from dqar_fx.runtime.cache import ExitSpec
@@ -32,19 +35,34 @@ def node_flops(gm: fx.GraphModule) -> dict[str, int]:
 
     Each call is made once on meta tensors shaped like its example values, whatever the device of the model: on meta,
     ``scaled_dot_product_attention`` falls apart into its two products, for which there are formulas (there is none for
-    the CPU's flash kernel). Equal calls are made once.
+    the CPU's flash kernel). Equal calls are made once. A size that depends on values (``nonzero``) counts as the
+    largest that it can be.
     """
-    known: dict[Hashable, int | None] = {}
+    known: dict[Hashable, tuple[int, Any] | None] = {}
+    late: dict[fx.Node, Any] = {}  # what has such a size, at its largest
     counts = {}
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method") or changes_mode(node):
             continue  # a change of mode must not be made: it would outlive the count
-        key = (node.op, node.target, _signature(node.args), _signature(node.kwargs))
+        if asserts(node) or finds_size(node) or node.target in (operator.setitem, operator.getitem) or is_size(node):
+            counts[node.name] = 0
+        try:
+            args, kwargs = _example(gm, node.args, late), _example(gm, node.kwargs, late)
+        except _Unknown:
+            args = None
+        if args is None or asserts(node) or finds_size(node):
+            with suppress(_Unknown):
+                late[node] = _largest(node.meta.get("example_value"))
+            continue
+        key = (node.op, node.target, _signature(args), _signature(kwargs))
         if key not in known:
-            known[key] = _count(gm, node)
-        count = known[key]
-        if count is not None:
-            counts[node.name] = count
+            known[key] = _count(node, args, kwargs)
+        counted = known[key]
+        if counted is not None:
+            flops, result = counted
+            counts.setdefault(node.name, flops)
+            if has_late_size(node):
+                late[node] = result
     return counts
 
 
@@ -167,60 +185,99 @@ def _never(*_: Any) -> Any:
     raise AssertionError("nothing is compiled here")
 
 
-def _count(gm: fx.GraphModule, node: fx.Node) -> int | None:
+class _Unknown(Exception):
+    """What an argument looks like is not known, or a size of it has no largest value."""
+
+
+def _count(node: fx.Node, args: Any, kwargs: Any) -> tuple[int, Any] | None:
+    """The FLOP of a call, and what it returns (on meta tensors); None if it cannot be made."""
     try:
-        args, kwargs = _example(gm, node.args), _example(gm, node.kwargs)
         formula = flop_registry.get(node.target)
         if formula is not None:  # a higher-order operator, which cannot be called on its own
-            return int(formula(*args, **kwargs, out_val=None))
+            return int(formula(*args, **kwargs, out_val=None)), None
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             if node.op == "call_method":
-                getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
-                node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
+                result = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
     except Exception:  # whatever an operator raises on meta tensors: the node is reported, not guessed
         return None
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()), result
 
 
-def _example(gm: fx.GraphModule, value: Any) -> Any:
+def _example(gm: fx.GraphModule, value: Any, late: Mapping[fx.Node, Any]) -> Any:
     """An argument with every node replaced by a meta tensor like its example value."""
     if isinstance(value, fx.Node):
+        if value in late:
+            return late[value]
         if value.op == "get_attr" and "example_value" not in value.meta:
             return gm.get_submodule(str(value.target))
-        return _example(gm, value.meta["example_value"])
-    if isinstance(value, torch.Tensor):
-        with torch.inference_mode(False):
-            return torch.empty_strided(
-                [_hint(s) for s in value.shape], [_hint(s) for s in value.stride()], dtype=value.dtype, device="meta"
-            )
-    if isinstance(value, torch.device):
-        return torch.device("meta")
+        if "example_value" not in value.meta or has_late_size(value):
+            raise _Unknown
+        return _on_meta(value.meta["example_value"])
     if isinstance(value, slice):
-        return slice(*(_example(gm, v) for v in (value.start, value.stop, value.step)))
+        return slice(*(_example(gm, v, late) for v in (value.start, value.stop, value.step)))
     if isinstance(value, (tuple, list)):
-        items = [_example(gm, v) for v in value]
+        items = [_example(gm, v, late) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {k: _example(gm, v) for k, v in value.items()}
+        return {k: _example(gm, v, late) for k, v in value.items()}
+    return _on_meta(value)
+
+
+def _on_meta(value: Any) -> Any:
+    """The same without data, every symbol replaced by a number."""
+    if isinstance(value, torch.Tensor):
+        return _empty([_hint(s) for s in value.shape], [_hint(s) for s in value.stride()], value.dtype)
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    if isinstance(value, torch.Size):
+        return torch.Size(map(_hint, value))
+    if isinstance(value, (tuple, list)):
+        items = [_on_meta(v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {k: _on_meta(v) for k, v in value.items()}
     return _hint(value)
+
+
+def _empty(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def _largest(value: Any) -> Any:
+    """The largest that a value may be whose size depends on values; dense, if it is a tensor."""
+    if isinstance(value, torch.Tensor):
+        return torch.empty([_largest(s) for s in value.shape], dtype=value.dtype, device="meta")
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_largest, value))
+    if isinstance(value, torch.SymInt):
+        bound = value.node.shape_env.bound_sympy(value.node.expr).upper
+        if not bound.is_Integer:
+            raise _Unknown
+        return int(bound)
+    return value
 
 
 def _hint(value: Any) -> Any:
     """A number in place of a symbolic one."""
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+    if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    if value.node.hint is not None:
+        return value.node.hint
+    # A size that was found, and that can be but one, has no hint: its expression is that number.
+    return bool(value.node.expr) if isinstance(value, torch.SymBool) else int(value.node.expr)
 
 
 def _signature(value: Any) -> Hashable:
     """Equal for arguments that give the same count: shapes, strides and dtypes in place of tensors."""
-    if isinstance(value, fx.Node):
-        if "example_value" not in value.meta:
-            return id(value)  # the body of a higher-order operator
-        return _signature(value.meta["example_value"])
     if isinstance(value, torch.Tensor):
-        return (*map(_hint, value.shape), *map(_hint, value.stride()), value.dtype)
+        return (*value.shape, *value.stride(), value.dtype)
+    if isinstance(value, torch.nn.Module):
+        return id(value)  # the body of a higher-order operator
     if isinstance(value, (tuple, list)):
         return (type(value), *(_signature(v) for v in value))
     if isinstance(value, dict):
         return tuple((k, _signature(v)) for k, v in value.items())
-    return repr(_hint(value))
+    return repr(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,17 +84,30 @@ def capture_graphs(model: nn.Module, inputs: Mapping[str, Any]) -> Capture:
             model(**inputs)
     except Exception as error:
         raise CaptureError(f"{name} cannot run the inputs {describe(inputs)}: {first_line(error)}") from error
+    try:
+        # As `optimize` does: sizes that depend on values stay in the graph, unless Dynamo cannot trace the model so.
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+            _run_compiled(model, inputs, collector, mode)
+    except Exception:
+        collector = _Collector()
+        try:
+            _run_compiled(model, inputs, collector, mode)
+        except Exception as error:
+            raise CaptureError(f"Dynamo cannot capture {name}: {first_line(error)}") from error
+    return Capture(tuple(collector.ran), tuple(dict.fromkeys(collector.breaks)), counter.count)
+
+
+def _run_compiled(
+    model: nn.Module, inputs: Mapping[str, Any], collector: _Collector, mode: AbstractContextManager[Any]
+) -> None:
     torch._dynamo.reset()
     try:
         with torch.no_grad(), mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # What `optimize` compiles too; calling the module itself would run a compilation that is already in place.
             torch.compile(model._call_impl, backend=collector, dynamic=False)(**inputs)
-    except Exception as error:
-        raise CaptureError(f"Dynamo cannot capture {name}: {first_line(error)}") from error
     finally:
         torch._dynamo.reset()
-    return Capture(tuple(collector.ran), tuple(dict.fromkeys(collector.breaks)), counter.count)
 
 
 def describe(inputs: Mapping[str, Any]) -> str:

@@ -25,8 +25,9 @@ an unknown or NaN timestep             no step: compute, store nothing
 another set of timesteps (scheduler)   a new generation
 next step, another conditioning        a new generation: runs that take turns, or one that begins in the middle
                                        of the schedule where another was abandoned
-the same values, in other memory       the step goes on, but nothing stored is read, the first time (and for a prompt's
-                                       embedding; a label may be made anew at every step)
+the same values, in other memory       a loop that makes its inputs anew: the next step; but where a prompt's
+                                       embedding is, for the first time, and the latents are other noise, nothing
+                                       stored is read
 another conditioning, of other shapes  the step goes on, but nothing stored is read: guidance was switched off,
                                        or it is another run (both judged only where no generation is entered by hand)
 another shape, dtype or device         another captured graph, or other sizes: its store is empty

@@ -27,6 +27,8 @@ _CHANGING = (
 _CONSTANT = ("encoder", "prompt", "pooled", "text")
 #: Elements of a tensor (labels, sizes, a guidance scale) that loops commonly make anew at every step.
 _SMALL = 64
+#: Cosine of two latents above which they may be of one run.
+_ALIKE = 0.5
 _QUOTED = re.compile(r"\['([^']*)'\]")
 
 
@@ -78,8 +80,10 @@ class _Held:
         return torch.equal(a, b)
 
 
-#: The conditioning tensors of one call, by name.
-Inputs = dict[str, _Held]
+class Inputs(dict[str, _Held]):
+    """The conditioning tensors of one call, by name, and its latents (the forward's first argument)."""
+
+    latents: object = None
 
 
 class InputReader:
@@ -92,12 +96,15 @@ class InputReader:
 
     def __init__(self, names: list[str], timestep: str) -> None:
         others = [name for name in names if name != timestep]
+        self._latents = (others[0], names.index(others[0])) if others else ("", 0)
         self._positions = {name: names.index(name) for name in others[1:] if is_conditioning(name)}
         self._chosen = {name: name in self._positions for name in names}
 
     def __call__(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Inputs:
         """The conditioning tensors of one call of the module."""
-        inputs: Inputs = {}
+        inputs = Inputs()
+        name, position = self._latents
+        inputs.latents = args[position] if position < len(args) else kwargs.get(name)
         for name, position in self._positions.items():
             if position < len(args):
                 inputs.update((n, _Held.of(t)) for n, t in tensors_in(args[position], name))
@@ -124,13 +131,16 @@ class SourceReader:
             words = _QUOTED.findall(source)
             if source.startswith("L['") and words and words[0] != "self" and position != timestep:
                 found.append((source, position, all(is_conditioning(word) for word in words)))
-        first = found[0][0] if found else ""  # the latents, in the order of the forward's parameters
-        self._positions = {name: position for name, position, chosen in found if chosen and name != first}
+        # The latents come first: arguments are in the order of the forward's parameters.
+        self._latents: int | None = found[0][1] if found else None
+        self._positions = {name: position for name, position, chosen in found[1:] if chosen}
 
     def __call__(self, arguments: Sequence[object]) -> Inputs:
         """The conditioning tensors of one call of the graph."""
         given = ((name, arguments[position]) for name, position in self._positions.items())
-        return {name: _Held.of(value) for name, value in given if isinstance(value, torch.Tensor)}
+        inputs = Inputs((name, _Held.of(value)) for name, value in given if isinstance(value, torch.Tensor))
+        inputs.latents = arguments[self._latents] if self._latents is not None else None
+        return inputs
 
 
 class Relation(Enum):
@@ -175,13 +185,13 @@ class Conditioning:
             for call in calls:
                 equal = _equal(call, inputs)
                 if equal is not None:
-                    return relation if equal else Relation.EQUAL
+                    return relation if equal or _alike(call.latents, inputs.latents) else Relation.EQUAL
         shapes = [{name: held.tensor.shape for name, held in call.items()} for call in (*known, inputs)]
         return Relation.OTHER if shapes[-1] in shapes[:-1] else Relation.SHAPE
 
     def differing(self, branch: str, inputs: Inputs) -> list[str]:
         """Names of the inputs that are other memory than the last call's in ``branch``."""
-        last = self._seen.get(branch, [{}])[-1]
+        last = self._seen.get(branch, [Inputs()])[-1]
         return [n for n in inputs if n not in last or not last[n].is_memory_of(inputs[n])]
 
     def note(self, branch: str, inputs: Inputs, *, repeated: bool) -> None:
@@ -202,7 +212,8 @@ def _equal(call: Inputs, inputs: Inputs) -> bool | None:
     """None if some value differs; True if the same run may well have made them, False if that is in doubt.
 
     In doubt it is where a large tensor (a prompt's embedding) is in other memory and this was not seen before: a run
-    of the same prompt may have begun, in the middle of the schedule, where another was abandoned after one call.
+    of the same prompt may have begun, in the middle of the schedule, where another was abandoned after one call. (The
+    latents will tell.)
     """
     if call.keys() != inputs.keys():
         return None
@@ -217,6 +228,19 @@ def _equal(call: Inputs, inputs: Inputs) -> bool | None:
             certain &= held.made_anew or given.tensor.numel() <= _SMALL
             given.made_anew = True
     return certain
+
+
+def _alike(before: object, after: object) -> bool:
+    """True if the latents ``after`` may be one step further than ``before``, False if they are other noise.
+
+    A step of a sampler takes little away: the cosine between its latents is near 1, and near 0 for other noise.
+    """
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.shape != after.shape:
+        return False
+    if _same_memory(before, after):
+        return True  # updated in place
+    a, b = before.flatten().float(), after.to(before.device).flatten().float()
+    return bool(torch.dot(a, b) > _ALIKE * a.norm() * b.norm())
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

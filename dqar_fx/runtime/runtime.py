@@ -456,11 +456,11 @@ class Runtime:
             warnings.warn(text, stacklevel=5)
 
     def _nothing_found(self, found: Sequence[Region]) -> str:
-        looked = "torch.nn.functional.scaled_dot_product_attention"
         if not found:
             return (
-                f"no attention was found: the captured graph calls {looked} nowhere. Only attentions that go through "
-                f"it can be reused; `dqar-fx explain` shows what a model has."
+                "no attention was found: the captured graph calls an attention operator such as "
+                "torch.nn.functional.scaled_dot_product_attention nowhere, and no module that is called an attention "
+                "multiplies activations. `dqar-fx explain` shows what a model has."
             )
         listed = "; ".join(f"{r.site.path or r.site.exits[:1]}: {r.site.reason or 'not selected'}" for r in found[:5])
         return f"none of the {len(found)} attentions can be rewritten or was selected by `sites` ({listed})."

@@ -131,6 +131,37 @@ def test_other_forms_of_an_attention_cost_the_same(kind: Callable[[int], nn.Modu
     assert work.uncounted == ()
 
 
+class Packed(Model):
+    """On those tokens that a mask leaves."""
+
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            hidden_states = torch.cat([hidden_states[:, :4], hidden_states[:, 4:][:, mask]], 1)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+def test_a_size_that_depends_on_values_counts_as_the_largest_it_can_be() -> None:
+    model, x = Packed().eval(), torch.randn(2, 8, 16)
+    (plain,) = capture_graphs(model, {"hidden_states": x}).graphs
+    (packed,) = capture_graphs(model, {"hidden_states": x, "mask": torch.tensor([True, False, True, False])}).graphs
+    one, other = Work([plain], [find_sites(plain)]), Work([packed], [find_sites(packed)])
+    assert one.total == other.total == 2 * (PRODUCTS + 5 * LINEAR)
+    assert one.site_savings() == other.site_savings() == 2 * [PRODUCTS + 4 * LINEAR]
+    assert other.uncounted == ()
+
+
+def test_a_node_without_an_example_is_told_as_uncounted() -> None:
+    (gm,) = capture_graphs(Model(), {"hidden_states": torch.randn(2, 8, 16)}).graphs
+    first = next(n for n in gm.graph.nodes if n.target == "chunk")
+    del first.meta["example_value"]
+    counts = node_flops(gm)
+    assert first.name in counts
+    assert sum(counts.values()) == 2 * (PRODUCTS + 5 * LINEAR)
+    assert not {user.name for user in first.users} - set(counts)  # an item of a tuple costs nothing
+
+
 def test_cache_bytes_are_those_of_values_and_scales() -> None:
     (gm,) = capture_graphs(Model(), {"hidden_states": torch.randn(2, 8, 16)}).graphs
     work = Work([gm], [find_sites(gm)])

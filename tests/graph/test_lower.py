@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.nn.attention.flex_attention import flex_attention
 
 from dqar_fx.graph.capture import readable
 from dqar_fx.graph.lower import Lowerer, boxed, resolve_backend, signature
@@ -244,3 +245,36 @@ def test_a_higher_order_operator_keeps_its_body(backend: str) -> None:
     piece = Variant(gm, tuple(range(len(inputs))), (), (0,))
     (result,) = Lowerer(resolve_backend(backend)).lower(piece, list(inputs))(list(inputs))
     assert equal(result, linear(X))
+
+
+def flexible(x: Tensor) -> Tensor:
+    q = x[None, None]
+    return flex_attention(q, q, q, score_mod=lambda score, _b, _h, i, j: score + (i - j))[0, 0] * x.shape[0]
+
+
+def test_what_dynamo_cannot_trace_again_is_compiled_for_each_size() -> None:
+    gm, inputs = capture_call(flexible, X, dynamic=True)
+    piece = Variant(gm, tuple(range(len(inputs))), (), (0,))
+    lowerer = Lowerer(resolve_backend("eager"), dynamic=True)
+    for rows, count in ((3, 1), (5, 2), (3, 2), (7, 3)):
+        x = torch.randn(rows, 4)
+        given = [x if isinstance(a, Tensor) else (rows if a == 3 else a) for a in inputs]
+        (result,) = lowerer.lower(piece, given)(list(given))
+        torch.testing.assert_close(result, torch.compile(flexible, backend="eager")(x))
+        assert lowerer.count == count
+
+
+def test_all_sizes_share_one_compilation_where_dynamo_can_trace() -> None:
+    def scaled(x: Tensor) -> Tensor:
+        return x.sin() * x.shape[0]
+
+    gm, inputs = capture_call(scaled, X, dynamic=True)
+    backend = Counting()
+    lowerer = Lowerer(resolve_backend(backend), dynamic=True)
+    piece = Variant(gm, tuple(range(len(inputs))), (), (0,))
+    for rows in (3, 5, 7):
+        x = torch.randn(rows, 4)
+        given = [x if isinstance(a, Tensor) else (rows if a == 3 else a) for a in inputs]
+        (result,) = lowerer.lower(piece, given)(list(given))
+        assert equal(result, scaled(x))
+    assert len(backend.graphs) == lowerer.count == 1

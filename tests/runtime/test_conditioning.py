@@ -85,6 +85,16 @@ def test_embeddings_in_other_memory_are_in_doubt_once() -> None:
     assert relations(*calls) == [FIRST, EQUAL, LAST, LAST]
 
 
+def test_embeddings_in_other_memory_beside_latents_one_step_further_are_of_the_same_run() -> None:
+    noise, other = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    latents = {"one step further": 0.8 * noise + 0.1 * other, "other noise": other, "of another size": other[:1]}
+    found = {}
+    for name, after in latents.items():
+        calls = [{"hidden_states": x, "encoder_hidden_states": torch.ones(20, 30)} for x in (noise, after)]
+        found[name] = relations(*calls)[-1]
+    assert found == {"one step further": LAST, "other noise": EQUAL, "of another size": EQUAL}
+
+
 def test_calls_that_take_turns_are_told_apart_without_comparing_values(monkeypatch: pytest.MonkeyPatch) -> None:
     cond, uncond = ({"encoder_hidden_states": torch.full((20, 30), i)} for i in range(2))
     seen, found = Conditioning(), []
