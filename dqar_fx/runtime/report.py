@@ -84,6 +84,7 @@ class Report:
     site_bytes: dict[int, int]
     stats: Stats
     repeats: int
+    uncompiled: int
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as numbers, strings, lists and dicts."""
@@ -123,6 +124,7 @@ class Report:
             "reuse_ratio": self.stats.reuse_ratio,
             "cache_bytes": self.stats.cache_bytes,
             "repeated_calls": self.repeats,
+            "uncompiled_pieces": self.uncompiled,
         }
 
     def __str__(self) -> str:
@@ -158,5 +160,7 @@ class Report:
                 f"{self.repeats} calls came at a step that had been called already, and computed: if these are the "
                 f"branches of guidance, name them: `with runtime.branch('cond'): ...`."
             )
+        if self.uncompiled:
+            lines.append(f"{self.uncompiled} pieces run as they are, uncompiled: they find a size in values.")
         lines += [f"graph break: {b['reason']} at {b['where']}" for b in data["graph_breaks"]]
         return "\n".join(lines)

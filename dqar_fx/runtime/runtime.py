@@ -213,6 +213,7 @@ class Runtime:
             site_bytes=self._generation().site_bytes(),
             stats=self.stats,
             repeats=self._generation().repeats,
+            uncompiled=self.lowerer.uncompiled,
         )
 
     def diff(self) -> str:
@@ -308,7 +309,7 @@ class Runtime:
                 "the model ran eager, without its compiled graphs: every attention computed. Dynamo stepped aside, "
                 "because it is disabled here, or a dispatch mode is active, or its recompile limit was reached "
                 f"({len(self._graphs)} captures of this model so far). For the last, raise "
-                "torch._dynamo.config.recompile_limit, or pass dynamic=True if shapes keep changing; "
+                "torch._dynamo.config.recompile_limit before `optimize`, or pass dynamic=True if shapes keep changing; "
                 "fullgraph=True shows Dynamo's own error.",
             )
 

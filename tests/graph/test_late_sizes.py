@@ -262,3 +262,12 @@ def test_sizes_of_inputs_are_not_late() -> None:
     gm, _ = capture_call(nn.Sequential(Attention(), Attention()), tokens(), dynamic=True)
     regions = find_sites(gm)
     assert [p.label for p in partition(guard_sites(gm, regions), regions)] == ["0", "1"]
+
+
+def test_the_report_says_what_runs_uncompiled() -> None:
+    model = dqar_fx.optimize(Packed().eval(), Schedule.none(2), backend="eager")
+    with torch.no_grad():
+        model(*inputs())
+    assert dqar_fx.runtime(model).report().to_dict()["uncompiled_pieces"] > 0
+    assert "pieces run as they are, uncompiled" in str(dqar_fx.runtime(model).report())
+    dqar_fx.restore(model)
