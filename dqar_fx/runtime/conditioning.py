@@ -112,7 +112,11 @@ class InputReader:
             chosen = self._chosen.get(name)
             if chosen is None:  # goes through **kwargs
                 chosen = self._chosen[name] = is_conditioning(name)
-            if chosen:
+            if not chosen:
+                continue
+            if isinstance(value, torch.Tensor):  # as nearly always; and this runs at every call
+                inputs[name] = _Held(value, version(value))
+            else:
                 inputs.update((n, _Held.of(t)) for n, t in tensors_in(value, name))
         return inputs
 
