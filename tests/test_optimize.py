@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dqar_fx
 from dqar_fx import CacheConfig, CaptureError, DqarError, Plan, PlanError, RuntimeStateError, Schedule
+from tests.counting import CountsReads
 from tests.models import NUM_STEPS, make_dit, replaying, sample, timestep
 
 SCHEDULES = [
@@ -195,20 +195,6 @@ def test_the_report_is_a_table_and_plain_values() -> None:
 
 
 # -- identity given by hand, by the scheduler ------------------------------------------------------------------------
-
-
-class CountsReads(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = 0
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True  # or Dynamo would step aside for as long as the mode is active
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, FlowMatchEulerDiscreteScheduler])

@@ -59,6 +59,7 @@ class Store:
     specs: Sequence[Sequence[ExitSpec]]  # [site][exit]
     buffers: list[list[tuple[torch.Tensor, ...]] | None] = field(init=False)
     step: list[int] = field(init=False)  # [site]: the step whose value is stored, EMPTY if none
+    on_host: bool = field(init=False)  # the values live in host memory, and the model elsewhere
     _released: list[int] = field(init=False)  # [site]: bytes that were held when the run ended
     _streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
 
@@ -66,6 +67,7 @@ class Store:
         self.buffers = [None] * len(self.specs)
         self._released = [0] * len(self.specs)
         self.step = [EMPTY] * len(self.specs)
+        self.on_host = any(spec.on_host for exits in self.specs for spec in exits)
 
     def of(self, site: int) -> list[tuple[torch.Tensor, ...]]:
         """The buffers of a site, ``[exit][part]``, allocated if need be."""
@@ -74,11 +76,6 @@ class Store:
             buffers = self.buffers[site] = [spec.allocate() for spec in self.specs[site]]
             self._released[site] = 0
         return buffers
-
-    @property
-    def on_host(self) -> bool:
-        """True if the values live in host memory and the model elsewhere."""
-        return any(spec.on_host for exits in self.specs for spec in exits)
 
     def stream_for(self, device: torch.device) -> torch.cuda.Stream | None:
         """The stream on which values are copied from and to ``device``; None where there are no streams."""

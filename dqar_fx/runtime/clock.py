@@ -146,6 +146,8 @@ class Clock:
 
 def _rises(before: Timestep, after: Timestep) -> bool | None:
     """Whether time went up from ``before`` to ``after`` (which differ); None if some went up and some down."""
+    if isinstance(before, float) and isinstance(after, float):
+        return after > before
     befores = before if isinstance(before, tuple) else (before,)
     afters = after if isinstance(after, tuple) else (after,)
     if len(befores) != len(afters):
@@ -160,5 +162,4 @@ def _rises(before: Timestep, after: Timestep) -> bool | None:
 
 
 def _is_nan(timestep: Timestep) -> bool:
-    values = timestep if isinstance(timestep, tuple) else (timestep,)
-    return any(math.isnan(v) for v in values)
+    return any(map(math.isnan, timestep)) if isinstance(timestep, tuple) else math.isnan(timestep)

@@ -14,7 +14,7 @@ from dqar_fx.graph.specialise import Outcome
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.cache import EMPTY, BufferPool, Store
 from dqar_fx.runtime.clock import NEW_GENERATION, Clock, Move, Tick
-from dqar_fx.runtime.conditioning import Conditioning, Inputs, Relation
+from dqar_fx.runtime.conditioning import Conditioning, Inputs, Relation, version
 from dqar_fx.runtime.program import CapturedGraph, Outcomes
 
 #: Calls whose decisions are remembered; a loop whose steps cannot be told apart is one endless generation.
@@ -63,6 +63,8 @@ class StepTable:
             )
             for t in steps
         ]
+        #: Whether any site reads or writes its stored value.
+        self.uses_store = [any(o is not Outcome.COMPUTE for o in done) for done in self.outcomes]
         # What an undisturbed generation has stored before each step: if it is so, the plan is followed to the letter.
         self.before: list[list[int]] = [[EMPTY] * count]
         for t in steps:
@@ -183,7 +185,7 @@ class Generation:
         try:
             versions = list(map(_version, tensors))
         except RuntimeError:  # inference tensors count no versions
-            versions = [-1 if t.is_inference() else t._version for t in tensors]
+            versions = [version(t) for t in tensors]
         key = (id(graph), first)
         known = self._weights.get(key)
         same = known is None or (versions == known[1] and _identical(tensors, known[0]))

@@ -35,9 +35,13 @@ def read_timestep(value: object) -> Timestep | None:
     Reads the device once for a tensor that is not on the host.
     """
     if isinstance(value, torch.Tensor):
-        flat = value.detach().reshape(-1)
-        # One for each token (image conditioning): there are only a few different ones.
-        values = (flat if flat.numel() <= _FEW_TIMESTEPS else torch.unique(flat)).tolist()
+        if value.ndim > 1 or value.numel() > _FEW_TIMESTEPS:
+            # One for each token (image conditioning): there are only a few different ones.
+            flat = value.detach().reshape(-1)
+            value = flat if flat.numel() <= _FEW_TIMESTEPS else torch.unique(flat)
+        values = value.tolist()  # the one operation in most calls: each would cost some microseconds
+        if not isinstance(values, list):
+            return float(values)
         if not values:
             return None
         first = values[0]

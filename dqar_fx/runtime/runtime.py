@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx
 
 from dqar_fx.config import CacheConfig
-from dqar_fx.errors import CaptureError, DqarError, RuntimeStateError
+from dqar_fx.errors import CaptureError, RuntimeStateError
 from dqar_fx.graph.capture import state_name
 from dqar_fx.graph.guard import graph_diff
 from dqar_fx.graph.lower import Backend, Lowerer
@@ -26,6 +26,7 @@ from dqar_fx.runtime.conditioning import Inputs
 from dqar_fx.runtime.entered import Entered, entered_by
 from dqar_fx.runtime.generation import Generation, StepTable
 from dqar_fx.runtime.identity import SchedulerIdentity, read_timestep
+from dqar_fx.runtime.plans import Plans
 from dqar_fx.runtime.program import CapturedGraph
 from dqar_fx.runtime.report import GraphBreak, Report, Stats
 from dqar_fx.schedule import Schedule
@@ -88,8 +89,7 @@ class Runtime:
         self._model: tuple[CapturedGraph, ...] = ()
         #: How many sites a call has that begins with this graph (of those that hold any).
         self._totals: dict[CapturedGraph, int] = {}
-        self._plans: dict[tuple[int, int | None], Plan] = {}
-        self._tables: dict[tuple[int, int, int], tuple[Plan, StepTable]] = {}
+        self._plans = Plans(schedule)
         self.pool = BufferPool() if cache.keep_buffers else None
         self._threads = _PerThread(self.pool)
         self._lock = threading.RLock()
@@ -120,7 +120,7 @@ class Runtime:
             )
         sites = self.schedule.num_sites if isinstance(self.schedule, Plan) else self._num_sites()
         if num_steps is not None and sites is not None:
-            self._plan_for(sites, num_steps)  # refused here, if it does not fit, and not in the middle of the run
+            self._plans.plan(sites, num_steps)  # refused here, if it does not fit, and not in the middle of the run
         generation = Generation(num_steps=num_steps, explicit=True, pool=self.pool)
         return Entered(self, generation, self._left)
 
@@ -178,7 +178,7 @@ class Runtime:
     def plan(self) -> Plan | None:
         """The plan in force for the current generation; None before the first call (the number of sites is unknown)."""
         sites = self._num_sites()
-        return None if sites is None else self._plan_for(sites, self._steps_of(self._generation()))
+        return None if sites is None else self._plans.plan(sites, self._steps_of(self._generation()))
 
     @property
     def needs_dynamic_operators(self) -> bool:
@@ -249,7 +249,7 @@ class Runtime:
             if whole and not regions and not self._graphs:
                 raise CaptureError(self._nothing_found(found))
             if whole and not self._graphs:
-                self._plan_for(len(regions), None)  # a plan for another number of sites is refused before any compile
+                self._plans.plan(len(regions), None)  # a plan for another number of sites is refused before any compile
             graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants)
             self._skipped += [site for site in skipped if site not in self._skipped]
             if whole:
@@ -318,7 +318,7 @@ class Runtime:
         if call.total != call.sites:
             self._totals[call.graphs[0]] = call.sites
             if len(self._totals) == 1:
-                self._plan_for(call.sites, None)  # a plan for another number of sites is refused after the first call
+                self._plans.plan(call.sites, None)  # a plan for another number of sites is refused after the first call
             call.total = call.sites
         self._model = tuple(call.graphs)
         if call.is_last:
@@ -345,11 +345,13 @@ class Runtime:
             call.total = self._totals.get(graph)
         call.graphs.append(graph)
         call.sites = first + graph.num_sites
-        if not generation.check_weights(graph, first, arguments) and tick.step >= 0:
+        table = self._table(generation, first, graph.num_sites, call.total)
+        # What stores nothing and reads nothing need not know of the weights: reading hundreds of counters takes time.
+        uses_store = table is None or (0 <= tick.step < table.num_steps and table.uses_store[tick.step])
+        if uses_store and not generation.check_weights(graph, first, arguments) and tick.step >= 0:
             tick = Tick(tick.step, Move.DOUBT)
         sizes = graph.sizes_of(arguments)
         store, empty_reason = generation.store_for(graph, first, sizes)
-        table = self._table(generation, first, graph.num_sites, call.total)
         if table is None:  # the first call of a model in several graphs: how many sites follow is not known yet
             outcomes = (Outcome.STORE if tick.step >= 0 else Outcome.COMPUTE,) * graph.num_sites
             store.step = [tick.step] * graph.num_sites if tick.step >= 0 else store.step
@@ -410,21 +412,6 @@ class Runtime:
             return generation.num_steps
         return self._scheduler.num_steps if self._scheduler is not None else None
 
-    def _plan_for(self, num_sites: int, num_steps: int | None, *, or_none: bool = False) -> Plan:
-        """The schedule, planned; with ``or_none``, a plan that reuses nothing where it cannot be."""
-        plan = self._plans.get((num_sites, num_steps))
-        if plan is None:
-            try:
-                plan = self.schedule.plan(num_sites, num_steps)
-            except DqarError as error:
-                if not or_none:
-                    raise
-                # A model may leave attentions out at some calls (skip-layer guidance): these compute.
-                self._warn_once("sites", f"calls of the model with {num_sites} attentions compute: {error}")
-                plan = Schedule.none(num_steps or self.schedule.num_steps).plan(num_sites)
-            self._plans[num_sites, num_steps] = plan
-        return plan
-
     def _num_sites(self) -> int | None:
         """Sites of the last completed call; None before there is one."""
         if self._model:
@@ -435,13 +422,7 @@ class Runtime:
         """The plan for the sites ``first`` to ``first + count`` of a call that has ``total``."""
         if total is None or first + count > total:
             return None
-        plan = self._plan_for(total, self._steps_of(generation), or_none=bool(self._model))
-        key = (id(plan), first, count)
-        known = self._tables.get(key)
-        if known is None:
-            # The plan is held too, so that its id stays its own.
-            known = self._tables[key] = (plan, StepTable(plan, first, count))
-        return known[1]
+        return self._plans.table(total, self._steps_of(generation), first, count, or_none=bool(self._model))
 
     def _wanted(self, site: Site) -> bool:
         if self._filter is None:

@@ -117,28 +117,24 @@ def test_layerwise_casting(before: bool) -> None:
     check(model, expected, "module.py")
 
 
+def in_groups(model: Any, **how: Any) -> Any:
+    model.enable_group_offload(torch.device("cuda"), CPU, offload_type="leaf_level", **how)
+    return model
+
+
+def in_groups_on_a_stream(model: Any) -> Any:
+    return in_groups(model, use_stream=True)
+
+
+def whole(model: Any) -> Any:
+    accelerate.cpu_offload_with_hook(model, execution_device=torch.device("cuda"))
+    return model
+
+
 @CUDA
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("offload", [in_groups, in_groups_on_a_stream, whole])
 @pytest.mark.parametrize("before", [False, True])
-def test_group_offloading_from_cuda(before: bool, stream: bool) -> None:
-    def offload(model: Any) -> Any:
-        model.enable_group_offload(torch.device("cuda"), CPU, offload_type="leaf_level", use_stream=stream)
-        return model
-
-    expected = sampled_on_cuda(SD3.optimized().to("cuda"))
-    model = SD3.make()
-    model = dqar_fx.optimize(offload(model) if before else model, SCHEDULE, cache=NATIVE, backend="eager")
-    assert torch.equal(sampled_on_cuda(model if before else offload(model)), expected)
-    assert_planned(model, SD3.sites)
-
-
-@CUDA
-@pytest.mark.parametrize("before", [False, True])
-def test_model_offloading_from_cuda(before: bool) -> None:
-    def offload(model: Any) -> Any:
-        accelerate.cpu_offload_with_hook(model, execution_device=torch.device("cuda"))
-        return model
-
+def test_offloading_from_cuda(before: bool, offload: Callable[[Any], Any]) -> None:
     expected = sampled_on_cuda(SD3.optimized().to("cuda"))
     model = SD3.make()
     model = dqar_fx.optimize(offload(model) if before else model, SCHEDULE, cache=NATIVE, backend="eager")

@@ -8,37 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import dqar_fx
+from tests.counting import CountsReads
 from tests.pipelines.builders import BUILDERS
 from tests.pipelines.harness import SCHEDULE, SETTINGS, build, call_of, eager, generate, optimized
 
 # Mochi asks for an autocast that a CPU has not.
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-
-#: What makes the host wait for the device.
-READS = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.equal.default,
-    torch.ops.aten.is_nonzero.default,
-    torch.ops.aten.nonzero.default,
-}
-
-
-class CountsReads(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.reads = 0
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True  # or Dynamo would step aside for as long as the mode is active
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        # float64: numpy's numbers (Cosmos takes a square root by numpy), which Dynamo traces as tensors of the host.
-        self.reads += func in READS and args[0].dtype is not torch.float64
-        return func(*args, **(kwargs or {}))
 
 
 def reads(pipe: Any, call: Mapping[str, Any]) -> int:
