@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import dqar_fx
 from dqar_fx import CacheConfig, Plan, Schedule
 from dqar_fx.graph.sites import Site
+from tests.counting import CountsReads
 from tests.pipelines.builders import BUILDERS, STEPS, Request
 
 #: Two steps compute, then two of three reuse: steps 2, 3 and 5 of six.
@@ -23,6 +25,11 @@ SCHEDULE = Schedule.interval(STEPS, every=3, warmup=2)
 MANY = 50
 #: As many steps as the warm-up of the schedule has: nothing is reused.
 ALL_WARMUP = 2
+#: What pipelines warn of: Mochi asks for an autocast that a CPU has not, Helios's scheduler hands tensors to numpy.
+DIFFUSERS_WARNS = [
+    pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+]
 SETTINGS: dict[str, Any] = {"cache": CacheConfig(dtype="native"), "backend": "eager"}
 
 
@@ -65,20 +72,29 @@ optimized = functools.cache(fresh)
 
 
 def expected(
-    pipe: Any, name: str, kwargs: Mapping[str, Any], seed: int = 0, *, by_timestep: bool = False, first: int = 0
+    pipe: Any,
+    name: str,
+    kwargs: Mapping[str, Any],
+    seed: int = 0,
+    *,
+    by_timestep: bool = False,
+    first: int = 0,
+    sites: Sequence[Site] | None = None,
 ) -> Tensor:
     """What a call of the optimised ``pipe``, which has run before, must give: by the oracle, on the eager pipeline.
 
     Args:
         by_timestep: no scheduler was given, so that only another timestep is another step.
         first: the step that the first timestep then counts as.
+        sites: those of a step's first evaluation, should others leave some out.
     """
     reference = eager(name)
     with on_scheduler(reference, pipe.scheduler):
         if not by_timestep:
             first = first_step(reference, kwargs)
         runtime = dqar_fx.runtime(pipe.transformer)
-        oracle = Oracle(reference, runtime.sites, runtime.schedule, first, by_timestep=by_timestep)
+        sites = runtime.sites if sites is None else sites
+        oracle = Oracle(reference, sites, runtime.schedule, first, by_timestep=by_timestep)
         with oracle.replaying():
             return generate(reference, kwargs, seed)
 
@@ -111,20 +127,22 @@ def on_scheduler(pipe: Any, scheduler: Any) -> Iterator[None]:
         pipe.scheduler = before
 
 
-def reuse_by_step(pipe: Any) -> dict[tuple[int, str], list[bool]]:
+def reuse_by_step(pipe: Any, part: str = "transformer") -> dict[tuple[int, str], list[bool]]:
     """Which sites reused in the last generation, for each step and branch; no two calls may share one."""
     rows: dict[tuple[int, str], list[bool]] = {}
-    stats = dqar_fx.runtime(pipe.transformer).stats
-    for decision in stats.decisions:
+    runtime = dqar_fx.runtime(getattr(pipe, part))
+    for decision in runtime.stats.decisions:
         rows.setdefault((decision.step, decision.branch), []).append(decision.action == "reuse")
-    sites = len(dqar_fx.runtime(pipe.transformer).sites)
+    sites = len(runtime.sites)
     assert {len(row) for row in rows.values()} <= {sites}, "a step was evaluated twice in one branch"
     return rows
 
 
-def planned(pipe: Any, branches: Sequence[str], *, first: int = 0) -> dict[tuple[int, str], list[bool]]:
+def planned(
+    pipe: Any, branches: Sequence[str], *, first: int = 0, part: str = "transformer"
+) -> dict[tuple[int, str], list[bool]]:
     """The same as planned for the scheduler's number of steps."""
-    steps, sites = len(pipe.scheduler.timesteps), len(dqar_fx.runtime(pipe.transformer).sites)
+    steps, sites = len(pipe.scheduler.timesteps), len(dqar_fx.runtime(getattr(pipe, part)).sites)
     plan = plan_for(SCHEDULE, sites, steps)
     return {(t, branch): plan.reuse[t].tolist() for t in range(first, steps) for branch in branches}
 
@@ -135,22 +153,51 @@ def plan_for(schedule: Schedule, sites: int, steps: int) -> Plan:
     return schedule.plan(sites, steps)
 
 
+def reads(pipe: Any, call: Mapping[str, Any]) -> int:
+    """How often a call of the pipeline asks for a value."""
+    tolist = Tensor.tolist
+    lists = []
+
+    def counted(self: Tensor) -> Any:  # on a CPU this is no operation that could be seen
+        lists.append(1)
+        return tolist(self)
+
+    with mock.patch.object(Tensor, "tolist", counted), CountsReads() as mode:
+        generate(pipe, call)
+    return mode.reads + len(lists)
+
+
 class Oracle:
     """An eager pipeline whose attentions give what they gave before wherever the plan reuses.
 
     A step ends where the scheduler steps (before the next evaluation; how often does not matter), or where the timestep
-    changes; a branch is what the pipeline calls it (``cache_context``). A second call at one step and branch makes the
-    branch forget; so do other shapes. A site that a module owns is replayed as what the module returns, another one as
-    what ``scaled_dot_product_attention`` returns.
+    changes; new timesteps (a video made in sections) begin a run of their own. A branch is what the pipeline calls it
+    (``cache_context``). A second call at one step and branch makes the branch forget; so do other shapes. A site that a
+    module owns is replayed as what the module returns, another one as what ``scaled_dot_product_attention`` returns.
+
+    Args:
+        first: the step of the first evaluation.
+        by_timestep: no scheduler was given, so that only another timestep is another step.
+        part: the name of the transformer in the pipeline.
     """
 
-    def __init__(self, pipe: Any, sites: Sequence[Site], schedule: Schedule, first: int, *, by_timestep: bool) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        sites: Sequence[Site],
+        schedule: Schedule,
+        first: int = 0,
+        *,
+        by_timestep: bool = False,
+        part: str = "transformer",
+    ) -> None:
         self.evaluations = 0
         self._pipe = pipe
+        self._model = getattr(pipe, part)
         self._schedule = schedule
         self._all_sites = list(sites)
         self._sites = list(sites)  # those not found in the model yet
-        self._step = first
+        self._first = self._step = first
         self._stepped = False
         self._by_timestep = by_timestep
         self._timestep: object = None
@@ -167,34 +214,35 @@ class Oracle:
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """While the pipeline runs."""
-        model, scheduler = self._pipe.transformer, self._pipe.scheduler
+        model, scheduler = self._model, self._pipe.scheduler
         handle = model.register_forward_pre_hook(self._begin_call, with_kwargs=True)
         wrapped = [(path, module) for path, module in model.named_modules() if path]
         for path, module in wrapped:
             module.forward = self._replayed(path, type(module).__name__, module.forward)
-        step = scheduler.step
-
-        @functools.wraps(step)  # pipelines look at the signature
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self._stepped = True
-            return step(*args, **kwargs)
-
-        if not self._by_timestep:
-            scheduler.step = counted
         named = hasattr(model, "cache_context")
         if named:
             model.cache_context = self._named(model.cache_context)
+        watched = {} if self._by_timestep else {"step": self._end_step, "set_timesteps": self._begin_run}
         try:
-            with mock.patch.object(F, "scaled_dot_product_attention", self._product):
+            with ExitStack() as stack:
+                stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", self._product))
+                for method, heard in watched.items():
+                    stack.enter_context(heard_calls(scheduler, method, heard))
                 yield
         finally:
             handle.remove()
-            vars(scheduler).pop("step", None)
             for _, module in wrapped:
                 del module.forward
             if named:
                 del model.cache_context
         assert not self._sites, f"found nowhere in the eager model: {[s.path for s in self._sites]}"
+
+    def _end_step(self) -> None:
+        self._stepped = self.evaluations > 0
+
+    def _begin_run(self) -> None:
+        self._step, self._stepped = self._first, False
+        self._called, self._shapes, self._stored = set(), {}, {}
 
     def _named(self, context: Callable[..., Any]) -> Callable[..., Any]:
         @contextmanager
@@ -281,6 +329,21 @@ class Oracle:
                 self._site_of[key] = self._all_sites.index(site)
                 self._sites.remove(site)
                 return
+
+
+@contextmanager
+def heard_calls(scheduler: Any, method: str, heard: Callable[[], None]) -> Iterator[None]:
+    """Hear when a method of a scheduler is called; of copies, which some pipelines make and step as well, nothing."""
+    before = getattr(type(scheduler), method)
+
+    @functools.wraps(before)  # pipelines look at the signature
+    def call(this: Any, *args: Any, **kwargs: Any) -> Any:
+        if this is scheduler:
+            heard()
+        return before(this, *args, **kwargs)
+
+    with mock.patch.object(type(scheduler), method, call):
+        yield
 
 
 def _shapes(value: Any) -> Any:

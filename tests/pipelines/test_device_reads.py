@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-from unittest import mock
-
 import pytest
-import torch
 
 import dqar_fx
-from tests.counting import CountsReads
 from tests.pipelines.builders import BUILDERS
-from tests.pipelines.harness import SCHEDULE, SETTINGS, build, call_of, eager, generate, optimized
+from tests.pipelines.harness import (
+    DIFFUSERS_WARNS,
+    SCHEDULE,
+    SETTINGS,
+    build,
+    call_of,
+    eager,
+    generate,
+    optimized,
+    reads,
+)
 
-# Mochi asks for an autocast that a CPU has not.
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-
-
-def reads(pipe: Any, call: Mapping[str, Any]) -> int:
-    """How often a call of the pipeline asks for a value."""
-    tolist = torch.Tensor.tolist
-    lists = []
-
-    def counted(self: torch.Tensor) -> Any:  # on a CPU this is no operation that could be seen
-        lists.append(1)
-        return tolist(self)
-
-    with mock.patch.object(torch.Tensor, "tolist", counted), CountsReads() as mode:
-        generate(pipe, call)
-    return mode.reads + len(lists)
+pytestmark = DIFFUSERS_WARNS
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "skyreels_v2_forcing"])

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from tests.pipelines.builders import BUILDERS
-from tests.pipelines.harness import ALL_WARMUP, call_of, expected, generate, optimized, plain
+from tests.pipelines.harness import ALL_WARMUP, DIFFUSERS_WARNS, call_of, expected, generate, optimized, plain
 
-# Mochi asks for an autocast that a CPU has not.
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+pytestmark = DIFFUSERS_WARNS
 
 
 @pytest.mark.parametrize("name", BUILDERS)

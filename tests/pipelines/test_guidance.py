@@ -12,9 +12,11 @@ import dqar_fx
 from dqar_fx import Schedule
 from tests.pipelines.builders import BUILDERS
 from tests.pipelines.harness import (
+    DIFFUSERS_WARNS,
     SETTINGS,
     build,
     call_of,
+    eager,
     expected,
     fresh,
     generate,
@@ -24,18 +26,27 @@ from tests.pipelines.harness import (
     reuse_by_step,
 )
 
-# Mochi asks for an autocast that a CPU has not.
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+pytestmark = DIFFUSERS_WARNS
 
 #: One call a step, named by the pipeline.
-ONE_NAMED = ["cogvideox", "ltx", "mochi"]
+ONE_NAMED = ["cogvideox", "ltx", "ltx2", "mochi"]
 #: Two calls a step, named by the pipeline.
-TWO_NAMED = ["cogview4", "flux", "flux2_klein", "hunyuan_video", "ovis_image", "qwenimage", "skyreels_v2", "wan"]
+TWO_NAMED = [
+    "cogview4", "flux", "flux2_klein", "helios", "helios_pyramid", "hunyuan_video", "longcat_image", "ovis_image",
+    "qwenimage", "skyreels_v2", "wan",
+]  # fmt: skip
+#: Two calls a step, named by a guider, which is a part of the pipeline.
+TWO_GUIDED = ["hunyuan_image", "hunyuan_video15"]
+#: One call a step that a guider names: it guides nothing.
+ONE_GUIDED = ["hunyuan_image_distilled"]
 #: Two calls a step, and nobody says which is which.
-TWO_UNNAMED = ["chroma", "cosmos", "cosmos2", "flux_kontext", "kandinsky5", "krea2", "lumina2"]
+TWO_UNNAMED = [
+    "chroma", "cosmos", "cosmos2", "flux_kontext", "hunyuan_video_framepack", "kandinsky5", "krea2", "longcat_audio",
+    "lumina2",
+]  # fmt: skip
 #: They start in the middle: test_img2img has their tests.
 LATE = [name for name in BUILDERS if name.endswith(("img2img", "video2video"))]
-OTHERS = {*ONE_NAMED, *TWO_NAMED, *TWO_UNNAMED, *LATE, "skyreels_v2_forcing"}
+OTHERS = {*ONE_NAMED, *TWO_NAMED, *ONE_GUIDED, *TWO_GUIDED, *TWO_UNNAMED, *LATE, "skyreels_v2_forcing"}
 #: All else: one call a step without a name, guidance in its batch.
 ONE = [name for name in BUILDERS if name not in OTHERS]
 
@@ -46,6 +57,8 @@ ONE = [name for name in BUILDERS if name not in OTHERS]
         *((name, [""]) for name in ONE),
         *((name, ["cond_uncond"]) for name in ONE_NAMED),
         *((name, ["cond", "uncond"]) for name in TWO_NAMED),
+        *((name, ["pred_cond"]) for name in ONE_GUIDED),
+        *((name, ["pred_cond", "pred_uncond"]) for name in TWO_GUIDED),
     ],
 )
 def test_all_planned_reuse_happens_in_every_branch(name: str, branches: list[str]) -> None:
@@ -71,6 +84,39 @@ def test_without_guidance_all_planned_reuse_happens(name: str, branch: str) -> N
     sample = generate(pipe, call)
     assert torch.equal(sample, expected(pipe, name, call))
     assert reuse_by_step(pipe) == planned(pipe, [branch])
+
+
+def with_guider(monkeypatch: pytest.MonkeyPatch, pipe: Any, name: str, **kwargs: Any) -> None:
+    """A guider of the same kind with other settings, for ``pipe`` and for the eager pipeline each their own."""
+    for each in (pipe, eager(name)):
+        monkeypatch.setattr(each, "guider", each.guider.new(**kwargs))
+
+
+@pytest.mark.parametrize("name", TWO_GUIDED)
+def test_without_a_guider_all_planned_reuse_happens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, call = optimized(name), call_of(name)
+    guided = generate(pipe, call)
+    with_guider(monkeypatch, pipe, name, enabled=False)
+    sample = generate(pipe, call)
+    assert torch.equal(sample, expected(pipe, name, call))
+    assert reuse_by_step(pipe) == planned(pipe, ["pred_cond"])
+    assert not torch.equal(sample, guided)
+
+
+@pytest.mark.parametrize("name", TWO_GUIDED)
+@pytest.mark.parametrize(("start", "stop"), [(0.0, 0.5), (0.5, 1.0)], ids=["first half", "second half"])
+def test_a_guider_for_a_part_of_the_steps_leaves_the_other_branch_as_it_was(
+    name: str, start: float, stop: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, call = optimized(name), call_of(name)
+    with_guider(monkeypatch, pipe, name, start=start, stop=stop)
+    assert torch.equal(generate(pipe, call), expected(pipe, name, call))
+    rows = reuse_by_step(pipe)
+    uncond = {step: rows.pop((step, "pred_uncond")) for step, branch in list(rows) if branch == "pred_uncond"}
+    assert rows == planned(pipe, ["pred_cond"])
+    assert list(uncond) == list(range(round(start * 6), round(stop * 6)))
+    assert not any(uncond[next(iter(uncond))])
+    assert all(next(reversed(uncond.values())))
 
 
 def guidance_becomes(scale: float, after: int) -> dict[str, Any]:
@@ -153,6 +199,26 @@ def test_a_second_call_that_leaves_layers_out_computes_and_mixes_with_nothing() 
     assert not torch.equal(generate(pipe, all_layers), expected(pipe, "sd3", call))
     assert torch.equal(generate(pipe, all_layers), expected(pipe, "sd3", all_layers))
     assert reuse_by_step(pipe) == planned(pipe, [""])
+
+
+#: What LTX-2.3 adds to guidance by a prompt: another call a step, in which something is left out.
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "uncond_modality": {"modality_scale": 3.0, "audio_modality_scale": 3.0},  # what pictures and sound see of another
+    "uncond_stg": {"stg_scale": 1.0, "audio_stg_scale": 1.0, "spatio_temporal_guidance_blocks": [1]},  # an attention
+}
+
+
+@pytest.mark.parametrize("kinds", [["uncond_modality"], ["uncond_stg"], list(LEFT_OUT)], ids="-".join)
+def test_named_calls_that_leave_something_out_reuse_by_themselves(kinds: list[str]) -> None:
+    pipe, call = optimized("ltx2"), call_of("ltx2")
+    generate(pipe, call)
+    sites = dqar_fx.runtime(pipe.transformer).sites
+    guided = call | {name: value for kind in kinds for name, value in LEFT_OUT[kind].items()}
+    sample = generate(pipe, guided)
+    assert torch.equal(sample, expected(pipe, "ltx2", guided, sites=sites))
+    reused = {(d.step, d.branch, d.action == "reuse") for d in dqar_fx.runtime(pipe.transformer).stats.decisions}
+    assert reused == {(t, kind, t in {2, 3, 5}) for t in range(6) for kind in ("cond_uncond", *kinds)}
+    assert torch.equal(generate(pipe, call), expected(pipe, "ltx2", call))
 
 
 @pytest.mark.parametrize("ar_step", [0, 1], ids=["all at one level", "each at its own"])

@@ -11,18 +11,17 @@ import torch
 
 import dqar_fx
 from dqar_fx import Schedule
-from tests.pipelines.harness import MANY, SETTINGS, build, call_of, expected, generate, optimized
+from tests.pipelines.harness import DIFFUSERS_WARNS, MANY, SETTINGS, build, call_of, expected, generate, optimized
 
 #: Pipelines that call back at the end of a step and can be interrupted there.
 INTERRUPTIBLE = [
-    "allegro", "auraflow", "chroma", "cogvideox", "cogview4", "cosmos", "flux", "hunyuan_video", "latte", "ltx",
-    "mochi", "qwenimage", "sana", "sd3", "wan", "z_image",
+    "allegro", "auraflow", "chroma", "cogvideox", "cogview4", "cosmos", "flux", "helios", "hunyuan_image",
+    "hunyuan_video", "latte", "ltx", "ltx2", "mochi", "qwenimage", "sana", "sd3", "wan", "z_image",
 ]  # fmt: skip
 #: Pipelines that only an exception ends early.
 OTHERS = ["dit", "pixart_sigma", "stable_audio"]
 
-# Mochi asks for an autocast that a CPU has not.
-pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+pytestmark = DIFFUSERS_WARNS
 
 
 class StopError(Exception):

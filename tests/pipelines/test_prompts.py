@@ -8,23 +8,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 import dqar_fx
-from tests.pipelines.builders import STEPS, fill_zeros, tiny_vae
 from tests.pipelines.harness import SCHEDULE, SETTINGS
-
-WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "green", "cat", "dog"]
+from tests.pipelines.kit import STEPS, WORDS, fill_zeros, tiny_tokenizer, tiny_vae
 
 
 def make_pipe() -> Any:
     torch.manual_seed(0)
-    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=8
-    )
+    tokenizer = tiny_tokenizer(model_max_length=8)
     encoder = T5EncoderModel(
         T5Config(vocab_size=len(WORDS), d_model=12, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     ).eval()

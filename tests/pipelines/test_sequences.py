@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.pipelines.harness import call_of, expected, generate, optimized, planned, reuse_by_step
+from tests.pipelines.harness import DIFFUSERS_WARNS, call_of, expected, generate, optimized, planned, reuse_by_step
+
+pytestmark = DIFFUSERS_WARNS
 
 #: Of every kind of guidance, scheduler and latents some.
 NAMES = [
-    "auraflow", "cogvideox", "cosmos2", "dit", "flux", "hunyuan_dit", "kandinsky5", "latte", "ltx", "lumina",
-    "pixart_sigma", "prx", "qwenimage", "sana", "sd3", "stable_audio", "wan", "z_image",
+    "auraflow", "cogvideox", "cosmos2", "dit", "flux", "helios", "hunyuan_dit", "hunyuan_image",
+    "hunyuan_video15", "kandinsky5", "latte", "longcat_image", "ltx", "ltx2", "lumina", "pixart_sigma",
+    "prx", "qwenimage", "sana", "sd3", "stable_audio", "wan", "z_image",
 ]  # fmt: skip
 PROMPTS_AND_STEPS: list[dict[str, Any]] = [
     {}, {"prompt": 1}, {"steps": 4}, {"prompt": 1, "steps": 9}, {"steps": 1}, {"prompt": 2}, {},
