@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dqar_fx
 from dqar_fx import RuntimeStateError, Schedule
-from tests.ecosystem.kit import FLUX, NATIVE, NUM_STEPS, SCHEDULE, assert_planned
+from tests.families import FLUX, NATIVE, NUM_STEPS, SCHEDULE, assert_planned
 
 PYRAMID = PyramidAttentionBroadcastConfig(
     spatial_attention_block_skip_range=2,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dqar_fx
-from tests.ecosystem.kit import DIT, FAMILIES, FLUX, NOTHING, NUM_STEPS, SD3, WAN, Family, assert_planned, computed
+from tests.families import DIT, FAMILIES, FLUX, NOTHING, NUM_STEPS, SD3, WAN, Family, assert_planned, computed
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dqar_fx
 from dqar_fx import Schedule
-from tests.ecosystem.kit import FLUX, NOTHING, SCHEDULE, assert_planned
+from tests.families import FLUX, NOTHING, SCHEDULE, assert_planned
 
 # peft's own advice about a second adapter: that there are two is the point here.
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import dqar_fx
-from tests.ecosystem.kit import NATIVE, SCHEDULE, SD3, assert_planned
+from tests.families import NATIVE, SCHEDULE, SD3, assert_planned
 
 CPU = torch.device("cpu")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dqar_fx
 from dqar_fx import Schedule
-from tests.ecosystem.kit import NATIVE
+from tests.families import NATIVE
 
 
 class Custom:

@@ -12,7 +12,7 @@ from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
 
 import dqar_fx
 from dqar_fx import Schedule
-from tests.ecosystem.kit import NATIVE, NOTHING, NUM_STEPS, SCHEDULE, SD3, assert_planned, computed
+from tests.families import NATIVE, NOTHING, NUM_STEPS, SCHEDULE, SD3, assert_planned, computed
 
 
 def quantized() -> Any:

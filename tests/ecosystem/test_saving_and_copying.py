@@ -13,7 +13,7 @@ import torch
 
 import dqar_fx
 from dqar_fx import RuntimeStateError, Schedule
-from tests.ecosystem.kit import FLUX, NUM_STEPS, assert_planned, computed
+from tests.families import FLUX, NUM_STEPS, assert_planned, computed
 
 ALWAYS = Schedule.always(NUM_STEPS)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import dqar_fx
-from tests.ecosystem.kit import FLUX, NOTHING, SD3, WAN, Family, assert_planned
+from tests.families import FLUX, NOTHING, SD3, WAN, Family, assert_planned
 
 SHAPES: list[dict[str, int]] = [{}, {"size": 12}, {"size": 16}, {"batch": 3}, {"batch": 4, "size": 12}, {}]
 
