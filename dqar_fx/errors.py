@@ -6,7 +6,16 @@ as well, those that come from calling things in the wrong order are ``RuntimeErr
 
 from __future__ import annotations
 
-__all__ = ["CacheError", "CaptureError", "DqarError", "PlanError", "RuntimeStateError", "ScheduleError"]
+__all__ = [
+    "CacheError",
+    "CaptureError",
+    "DqarError",
+    "GateError",
+    "MetricError",
+    "PlanError",
+    "RuntimeStateError",
+    "ScheduleError",
+]
 
 
 class DqarError(Exception):
@@ -42,6 +51,22 @@ class CacheError(DqarError, ValueError):
 
     Raised for an unknown target, dtype or granularity, for combinations of them that have no meaning, and for tensors
     that cannot be quantised (an integer dtype, a shape without the axis that a scale is taken over).
+    """
+
+
+class GateError(DqarError, ValueError):
+    """A gate is given a limit that has no meaning, or cannot be asked in this run.
+
+    Raised for a negative or missing number, bounds in the wrong order, and a gate on the signal-to-noise ratio where
+    nothing tells what it is.
+    """
+
+
+class MetricError(DqarError, ValueError):
+    """A metric has no meaning for what it was given.
+
+    Raised for queries, keys and masks whose shapes or dtypes do not fit together, for an unknown normalisation, for a
+    scheduler whose timesteps are not set, and for one whose noise levels cannot be told.
     """
 
 
