@@ -6,11 +6,24 @@ model = dqar_fx.optimize(pipe.transformer, dqar_fx.Schedule.interval(50, every=3
 import importlib
 from types import ModuleType
 
+from dqar_fx import metrics
 from dqar_fx.config import CacheConfig
-from dqar_fx.errors import CacheError, CaptureError, DqarError, PlanError, RuntimeStateError, ScheduleError
+from dqar_fx.controller import Controller
+from dqar_fx.errors import (
+    CacheError,
+    CaptureError,
+    DqarError,
+    GateError,
+    MetricError,
+    PlanError,
+    RuntimeStateError,
+    ScheduleError,
+)
+from dqar_fx.gates import ChangeGate, EntropyGate, Gates, SnrGate
 from dqar_fx.graph.sites import Site
 from dqar_fx.optimize import optimize, restore, runtime
 from dqar_fx.plan import Plan
+from dqar_fx.presets import preset
 from dqar_fx.quantize import dequantize, quantize
 from dqar_fx.runtime.runtime import Runtime
 from dqar_fx.schedule import Schedule
@@ -21,7 +34,13 @@ __all__ = [
     "CacheConfig",
     "CacheError",
     "CaptureError",
+    "ChangeGate",
+    "Controller",
     "DqarError",
+    "EntropyGate",
+    "GateError",
+    "Gates",
+    "MetricError",
     "Plan",
     "PlanError",
     "Runtime",
@@ -29,8 +48,11 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Site",
+    "SnrGate",
     "dequantize",
+    "metrics",
     "optimize",
+    "preset",
     "quantize",
     "restore",
     "runtime",

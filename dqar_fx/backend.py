@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from dqar_fx.config import CacheConfig
-from dqar_fx.errors import CaptureError, DqarError, RuntimeStateError
+from dqar_fx.errors import CaptureError, DqarError, GateError, RuntimeStateError
+from dqar_fx.gates import Gates
 from dqar_fx.graph.attentions import dropout_probability, is_attention
 from dqar_fx.graph.effects import target_name
 from dqar_fx.graph.lower import resolve_backend
@@ -22,7 +23,7 @@ from dqar_fx.runtime.program import CapturedGraph
 from dqar_fx.runtime.runtime import Runtime
 from dqar_fx.schedule import Schedule
 
-_OPTIONS = ("schedule", "cache", "scheduler", "sites", "backend", "mode", "options")
+_OPTIONS = ("schedule", "cache", "gates", "scheduler", "sites", "backend", "mode", "options")
 
 #: Runtimes that the registered backend made, by the identity of the options they were made from. Weak: a runtime lives
 #: as long as Dynamo keeps a graph of it, and holds its options, so that their identity stays its own.
@@ -91,8 +92,8 @@ def dqar_fx(
 ) -> Callable[..., Any]:
     """The registered backend.
 
-    ``options``: ``schedule`` (required), ``cache``, ``scheduler`` and ``sites`` as for ``optimize``; ``backend``,
-    ``mode`` and ``options`` for compiling the rewritten pieces.
+    ``options``: ``schedule`` (required), ``cache``, ``gates``, ``scheduler`` and ``sites`` as for ``optimize``;
+    ``backend``, ``mode`` and ``options`` for compiling the rewritten pieces.
 
     Raises:
         RuntimeStateError: no ``schedule``, or an unknown option.
@@ -117,6 +118,7 @@ def make_runtime(
     *,
     schedule: Schedule | Plan,
     cache: CacheConfig,
+    gates: Gates | None = None,
     scheduler: Any = None,
     sites: Any = None,
     backend: str | Callable[..., Any] = "inductor",
@@ -143,8 +145,17 @@ def make_runtime(
             f"scheduler is a {type(scheduler).__name__} without `timesteps`. Pass the pipeline's scheduler, "
             f"pipe.scheduler."
         )
+    if gates is not None and not isinstance(gates, Gates):
+        raise RuntimeStateError(
+            f"gates is a {type(gates).__name__}. Pass a dqar_fx.Gates, e.g. Gates(max_reuse=4), or None for none."
+        )
+    if gates is not None and scheduler is None and gates.asks_for_snr:
+        raise GateError(
+            f"Gates.snr is {gates.snr}, but nothing tells the signal-to-noise ratio of a step. Pass the pipeline's "
+            f"scheduler (scheduler=pipe.scheduler), or leave the gate out (snr=None)."
+        )
     compiler = resolve_backend(backend, mode, options, dynamic)
-    return Runtime(schedule, cache, scheduler, sites, compiler, dynamic=bool(dynamic))
+    return Runtime(schedule, cache, scheduler, sites, compiler, gates=gates, dynamic=bool(dynamic))
 
 
 def runtime_of_compiled(model: Any) -> Runtime | None:

@@ -17,6 +17,7 @@ from dqar_fx.checks import check_model, check_parts
 from dqar_fx.compiled import OptimizedCall
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import RuntimeStateError
+from dqar_fx.gates import Gates
 from dqar_fx.graph.sites import Site
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.conditioning import InputReader
@@ -36,6 +37,7 @@ def optimize(
     schedule: Schedule | Plan,
     *,
     cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen, so one default serves all calls
+    gates: Gates | None = None,
     scheduler: Any = None,
     sites: Callable[[Site], bool] | str | Sequence[str] | None = None,
     backend: str | Callable[..., Any] = "inductor",
@@ -53,6 +55,7 @@ def optimize(
             ``flex_attention``, ``nn.MultiheadAttention``, or written out in a module that is called an attention.
         schedule: which attention reuses at which step: a ``Schedule`` or a ``Plan``.
         cache: how stored values look (INT8 per token by default).
+        gates: what may block a reuse that the schedule allows, by what was measured (DQAR's cascade); None for none.
         scheduler: the pipeline's diffusers scheduler. With it a step is identified without reading the device, and
             rules plan themselves for its number of steps. Without it the timestep's value is read once per call.
         sites: which attentions to rewrite: a predicate on ``Site``, or ``fnmatch`` patterns on module paths.
@@ -68,12 +71,13 @@ def optimize(
             or gradients are on.
         RuntimeStateError: already optimised or compiled (the model or a part of it), with one of diffusers' own caches
             enabled, or an argument of the wrong kind.
+        GateError: a gate that nothing in this run can answer.
         PlanError: at the first call, if a ``Plan`` was made for another number of sites.
     """
     check_model(model)
     runtime = make_runtime(
-        schedule=schedule, cache=cache, scheduler=scheduler, sites=sites, backend=backend, mode=mode, options=options,
-        dynamic=dynamic,
+        schedule=schedule, cache=cache, gates=gates, scheduler=scheduler, sites=sites, backend=backend, mode=mode,
+        options=options, dynamic=dynamic,
     )  # fmt: skip
     runtime.state_names = frozenset(
         name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)

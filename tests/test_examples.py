@@ -39,7 +39,13 @@ def test_every_example_has_a_main_and_says_what_it_shows(name: str) -> None:
 
 
 def test_no_example_is_left_out() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"compile_backend", "dit", "own_model", TRAINING}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "compile_backend",
+        "dit",
+        "minimal_loop",
+        "own_model",
+        TRAINING,
+    }
 
 
 def test_dit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,3 +78,22 @@ def test_compile_backend(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert "6 steps: computed 12 attentions, reused 24 (66.7%)" in output
     assert "1 graphs, 0 graph breaks" in output
+
+
+def test_minimal_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    load("minimal_loop").main([])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    reused = {line.split("  ")[0]: int(line.partition(" of 72")[0].split()[-1]) for line in lines}
+    errors = [float(line.partition(" of 72")[2].split()[0]) for line in lines]
+    assert reused.pop("the schedule alone") == 66  # all but the first step of 12
+    assert reused["at most 6 steps old"] == 60  # one refresh of each of the 6 layers, at step 7
+    assert reused["read at most twice"] == 48  # two reads after each of the computes at steps 0, 3, 6 and 9
+    assert all(0 < count < 66 for count in reused.values())
+    assert reused["all of these"] == min(reused.values())
+    assert errors[0] == max(errors)
+
+
+def test_minimal_loop_compiles_nothing() -> None:
+    text = (EXAMPLES / "minimal_loop.py").read_text(encoding="utf-8").partition('"""\n\nfrom')[2]
+    assert "diffusers" not in text
+    assert "compile" not in text

@@ -12,11 +12,14 @@ from torch import fx
 
 from dqar_fx.graph.capture import fork, readable
 from dqar_fx.graph.effects import asserts, storages, writers
+from dqar_fx.graph.measure import can_tell_entropy
 from dqar_fx.graph.owners import is_size
 from dqar_fx.graph.sites import Region
 
 #: In the ``meta`` of an assertion: the sites that it needs computed.
 CHECKS = "dqar_checks"
+#: In the ``meta`` of a ``scaled_dot_product_attention``: the number of the guard behind it.
+ATTENTION = "dqar_attention"
 
 
 def reuse_or_compute(site: int, *exits: torch.Tensor) -> tuple[torch.Tensor, ...]:  # noqa: ARG001  # for the reader
@@ -42,6 +45,9 @@ def guard_sites(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule
         exits = [nodes[name] for name in region.exits]
         if any(user.target is reuse_or_compute for node in exits for user in node.users):
             continue
+        for name in region.attentions:
+            if can_tell_entropy(nodes[name]):
+                nodes[name].meta[ATTENTION] = site
         inside = {nodes[name] for name in region.inside}
         # An attention may still write into what it hands out (`a = proj(x); a.add_(bias)`): wait for that.
         memory = frozenset().union(*map(storages, exits))

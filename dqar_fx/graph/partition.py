@@ -16,7 +16,7 @@ from dqar_fx.graph.attentions import is_attention, is_product
 from dqar_fx.graph.capture import attribute, is_parameter, module_stack
 from dqar_fx.graph.cuts import sink
 from dqar_fx.graph.effects import changes_mode, finds_size, mode_spans, storage_list, storages, written
-from dqar_fx.graph.guard import CHECKS, guard_nodes, guard_number, reuse_or_compute
+from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_nodes, guard_number, reuse_or_compute
 from dqar_fx.graph.sites import Region
 
 
@@ -192,6 +192,11 @@ def _piece(whole: fx.GraphModule, label: str, run: list[fx.Node], outputs: list[
             sites.append(guard_number(node))
         if CHECKS in node.meta:
             copy.meta[CHECKS] = tuple(checked.setdefault(site, len(checked)) for site in node.meta[CHECKS])
+    for copy in graph.nodes:
+        if copy.meta.get(ATTENTION) in sites:
+            copy.meta[ATTENTION] = sites.index(copy.meta[ATTENTION])
+        else:
+            copy.meta.pop(ATTENTION, None)
     graph.output(tuple(mapping[n] for n in outputs))
     gm = fx.GraphModule(whole, graph)
     return Piece(
@@ -221,7 +226,8 @@ def structure(gm: fx.GraphModule) -> Hashable:
             target = structure(value) if isinstance(value, fx.GraphModule) else ("attribute", id(value))
         arguments = freeze(node.args, number) if node.op != "placeholder" else ()
         memory = tuple(-1 if s in given else made.setdefault(s, len(made)) for s in storage_list(node))
-        lines.append((node.op, target, arguments, freeze(node.kwargs, number), memory, node.meta.get(CHECKS)))
+        marks = (node.meta.get(CHECKS), node.meta.get(ATTENTION))
+        lines.append((node.op, target, arguments, freeze(node.kwargs, number), memory, marks))
     return tuple(lines)
 
 

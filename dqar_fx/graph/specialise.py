@@ -15,7 +15,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.effects import eliminate_dead_code, storages, written
-from dqar_fx.graph.guard import CHECKS, guard_nodes, guard_number
+from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_nodes, guard_number
+from dqar_fx.graph.measure import put_entropy, row_of
 from dqar_fx.quantize import dequantize_from, quantize_over, reduced_dims
 
 
@@ -24,12 +25,22 @@ class Outcome(Enum):
 
     COMPUTE = "compute"
     STORE = "compute+store"
+    MEASURE = "compute+store+measure"
     REUSE = "reuse"
+
+
+#: The outcomes that write what is stored.
+STORING = frozenset((Outcome.STORE, Outcome.MEASURE))
+#: In place of an exit: the row of what was measured (see ``measure``).
+MEASUREMENTS = -1
 
 
 @dataclass(frozen=True, slots=True)
 class BufferUse:
-    """A stored tensor that a variant reads or writes: guard (within the piece), exit, part (0: values, 1: scales)."""
+    """A stored tensor that a variant reads or writes: guard (within the piece), exit, part (0: values, 1: scales).
+
+    Exit ``MEASUREMENTS`` is the guard's row.
+    """
 
     guard: int
     exit: int
@@ -100,19 +111,21 @@ def specialise(
     layouts: Sequence[Sequence[ExitLayout]],
     outputs: Sequence[int],
     reused: frozenset[int] = frozenset(),
+    measures: frozenset[str] = frozenset(),
 ) -> Variant:
     """Give every guard its outcome and drop what is then dead; ``gm`` is left as it was.
 
     Before::   a = attn(norm(x)); g = reuse_or_compute(0, a); y = x + g[0]
     compute::  a = attn(norm(x)); y = x + a
     store::    a = attn(norm(x)); q, s = quantize(a); q_0.copy_(q); s_0.copy_(s); y = x + a
+    measure::  as store, and row_0.copy_([entropy of attn, |a - dequantize(q_0, s_0)| / |a|, ...]) before it
     reuse::    y = x + dequantize(q_0, s_0)
 
     A compute step hands on the fresh value, never its quantised copy. Quantise and dequantise are plain operations of
     the graph, so that a compiler fuses them into their neighbours. Stored tensors are extra inputs, written in place:
     their addresses never change; one whose size is found only by computing it is returned instead. ``outputs`` are the
     positions of the outputs that somebody will read. An assertion about what is inside an attention goes where that is
-    not computed: ``reused`` are those of the piece's ``checked`` sites.
+    not computed: ``reused`` are those of the piece's ``checked`` sites. ``measures``: what a guard that measures does.
     """
     out = fork(gm)
     graph = out.graph
@@ -124,14 +137,22 @@ def specialise(
     found: dict[BufferUse, fx.Node] = {}
     guards = guard_nodes(graph)
     for guard, outcome, parts in zip(guards, outcomes, layouts, strict=True):
+        number = guard_number(guard)
+        stored: dict[int, list[fx.Node]] = {}
+        for index, layout in enumerate(parts):
+            stored[index] = []
+            if outcome is Outcome.REUSE or (outcome in STORING and not layout.late_size):
+                for part in range(layout.parts):
+                    stored[index].append(_buffer(graph, len(uses)))
+                    uses.append(BufferUse(number, index, part))
+        if outcome is Outcome.MEASURE and measures:
+            row = _buffer(graph, len(uses))
+            uses.append(BufferUse(number, MEASUREMENTS, 0))
+            _measure(graph, guard, row, stored, parts, measures)
         for index, layout in enumerate(parts):
             fresh = cast(fx.Node, guard.args[1 + index])
             item = next((u for u in guard.users if u.target is operator.getitem and u.args[1] == index), None)
-            buffers = []
-            if outcome is Outcome.REUSE or (outcome is Outcome.STORE and not layout.late_size):
-                for part in range(layout.parts):
-                    buffers.append(_buffer(graph, len(uses)))
-                    uses.append(BufferUse(guard_number(guard), index, part))
+            buffers = stored[index]
             with graph.inserting_after(guard):
                 anchor = graph.call_function(_here)
             with graph.inserting_before(anchor):
@@ -139,13 +160,11 @@ def specialise(
                     value = _read(graph, buffers, layout, _written_later(item, graph))
                 else:
                     value = fresh
-                    if outcome is Outcome.STORE:
+                    if outcome in STORING:
                         parts_of = _quantised(graph, fresh, layout)
                         for part, part_value in enumerate(parts_of):
                             if layout.late_size:
-                                found[BufferUse(guard_number(guard), index, part)] = graph.call_method(
-                                    "clone", (part_value,)
-                                )
+                                found[BufferUse(number, index, part)] = graph.call_method("clone", (part_value,))
                             else:
                                 graph.call_method("copy_", (buffers[part], part_value))
             graph.erase_node(anchor)
@@ -169,6 +188,31 @@ def specialise(
     graph.lint()
     out.recompile()
     return Variant(out, used, tuple(uses), kept, tuple(found))
+
+
+def _measure(
+    graph: fx.Graph,
+    guard: fx.Node,
+    row: fx.Node,
+    stored: dict[int, list[fx.Node]],
+    layouts: Sequence[ExitLayout],
+    measures: frozenset[str],
+) -> None:
+    """Write into ``row`` what ``measures`` asks for; before anything is stored, as what is stored is read for it."""
+    attentions = [n for n in graph.nodes if n.meta.get(ATTENTION) == guard_number(guard)]
+    settings = next((name.split(":")[1:] for name in measures if name.startswith("entropy")), None)
+    entropies = [put_entropy(graph, attention, *settings) for attention in attentions] if settings else []
+    with graph.inserting_before(guard):
+        fresh, before = [], []
+        if "change" in measures:
+            for index, layout in enumerate(layouts):
+                if stored[index]:
+                    fresh.append(cast(fx.Node, guard.args[1 + index]))
+                    before.append(_read(graph, stored[index], layout, private=False))
+        query = attentions[0].args[0] if attentions and attentions[0].args else None
+        if entropies or fresh:
+            value = graph.call_function(row_of, (entropies, fresh, before, query))
+            graph.call_method("copy_", (row, value))
 
 
 def _here() -> None:

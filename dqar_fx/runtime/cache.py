@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dqar_fx.graph.specialise import ExitLayout
+from dqar_fx.graph.specialise import MEASUREMENTS, ExitLayout
 from dqar_fx.quantize import scale_shape
+from dqar_fx.runtime.history import History
 
 #: Step of a site that holds no value.
 EMPTY = -1
@@ -60,6 +61,7 @@ class Store:
     buffers: list[list[tuple[torch.Tensor, ...]] | None] = field(init=False)
     step: list[int] = field(init=False)  # [site]: the step whose value is stored, EMPTY if none
     on_host: bool = field(init=False)  # the values live in host memory, and the model elsewhere
+    history: History = field(init=False)  # what the gates remember
     _released: list[int] = field(init=False)  # [site]: bytes that were held when the run ended
     _streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
 
@@ -67,6 +69,7 @@ class Store:
         self.buffers = [None] * len(self.specs)
         self._released = [0] * len(self.specs)
         self.step = [EMPTY] * len(self.specs)
+        self.history = History([exits[0].device for exits in self.specs])
         self.on_host = any(spec.on_host for exits in self.specs for spec in exits)
 
     def of(self, site: int) -> list[tuple[torch.Tensor, ...]]:
@@ -76,6 +79,10 @@ class Store:
             buffers = self.buffers[site] = [spec.allocate() for spec in self.specs[site]]
             self._released[site] = 0
         return buffers
+
+    def tensor(self, site: int, index: int, part: int) -> torch.Tensor:
+        """One stored tensor of a site, or (``MEASUREMENTS``) where it writes what it measures."""
+        return self.history.row(site) if index == MEASUREMENTS else self.of(site)[index][part]
 
     def stream_for(self, device: torch.device) -> torch.cuda.Stream | None:
         """The stream on which values are copied from and to ``device``; None where there are no streams."""
@@ -88,6 +95,7 @@ class Store:
     def clear(self) -> None:
         """Forget every value; the buffers stay."""
         self.step = [EMPTY] * len(self.specs)
+        self.history.clear()
 
     def release(self) -> None:
         """The run is over: free the buffers; how much they took is still known."""

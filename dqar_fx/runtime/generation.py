@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -15,7 +15,9 @@ from dqar_fx.plan import Plan
 from dqar_fx.runtime.cache import EMPTY, BufferPool, Store
 from dqar_fx.runtime.clock import NEW_GENERATION, Clock, Move, Tick
 from dqar_fx.runtime.conditioning import Conditioning, Inputs, Relation, version
+from dqar_fx.runtime.decisions import Decision, Measured
 from dqar_fx.runtime.program import CapturedGraph, Outcomes
+from dqar_fx.runtime.prompt import Prompt
 
 #: Calls whose decisions are remembered; a loop whose steps cannot be told apart is one endless generation.
 LOGGED_CALLS = 8192
@@ -31,14 +33,15 @@ def _identical(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> 
         return False
 
 
-class Decision(NamedTuple):
-    """What one site did in one call, and why."""
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What gates are told of a step: its signal-to-noise ratio, and how many tokens the prompt has."""
 
-    step: int
-    branch: str
-    site: int
-    action: str
-    reason: str
+    snr: float = math.nan
+    prompt_length: int | None = None
+
+
+NO_FACTS = Facts()
 
 
 class StepTable:
@@ -74,8 +77,11 @@ class StepTable:
     def _read_next(self, step: int, site: int) -> bool:
         return step + 1 < self.num_steps and self.reuse[step + 1][site]
 
-    def decide(self, tick: Tick, store: Store, empty_reason: str) -> tuple[Outcomes, tuple[str, ...]]:
+    def decide(
+        self, tick: Tick, store: Store, empty_reason: str, facts: Facts = NO_FACTS
+    ) -> tuple[Outcomes, tuple[str, ...]]:
         """The outcome and its reason for every site, and what will be stored, noted in ``store``."""
+        del facts  # a plan is what it is
         step = tick.step
         if tick.move is Move.UNKNOWN or step >= self.num_steps:
             reason = NEW_GENERATION if tick.move is Move.UNKNOWN else "schedule"
@@ -118,6 +124,8 @@ class Generation:
     """One sampling run of one model. Everything that changes between its steps is here, and nowhere else."""
 
     num_steps: int | None = None  # as given by hand
+    prompt_length: int | None = None  # as given by hand
+    prompt: Prompt | None = None  # as read off the encoder's mask
     explicit: bool = False  # delimited by the caller: what runs inside belongs together, whatever it is conditioned on
     is_shared: bool = False  # ... unless calls from elsewhere may have come in
     clock: Clock = field(default_factory=Clock)
@@ -232,6 +240,7 @@ class Generation:
         self._weights.clear()
 
     def _forget(self) -> None:
+        self.prompt = None
         self._weights.clear()
         self.conditioning.clear()
         self.clock.clear()
@@ -256,4 +265,12 @@ class Generation:
             Decision(step, branch, first + i, "reuse" if outcome is Outcome.REUSE else "compute", reason)
             for step, branch, first, outcomes, reasons in self.log
             for i, (outcome, reason) in enumerate(zip(outcomes, reasons, strict=True))
+        ]
+
+    def measurements(self) -> list[Measured]:
+        """Everything measured so far, by branch and step; waits for what is still on its way."""
+        return [
+            Measured(step, branch, first + site, found.entropy, found.change)
+            for (branch, first), stored in self._stores.items()
+            for step, site, found in stored.store.history.seen()
         ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dqar_fx import metrics
 from dqar_fx.runtime.clock import Timestep
 from dqar_fx.runtime.standin import StandIn
 
@@ -82,6 +83,7 @@ class SchedulerIdentity:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._done: tuple[object, int] | None = None  # (calendar, index) of the last completed step
+        self._snr: tuple[object, list[float]] = (None, [])
         if not hasattr(scheduler, "step_index") and callable(getattr(scheduler, "step", None)):
             WatchedStep(scheduler, self)
 
@@ -106,6 +108,19 @@ class SchedulerIdentity:
             return None
         timesteps = self.calendar
         return len(timesteps) if isinstance(timesteps, torch.Tensor) and timesteps.ndim == 1 else None
+
+    @property
+    def snr(self) -> list[float]:
+        """The signal-to-noise ratio of each step, worked out once for each calendar; [] before ``set_timesteps``.
+
+        Raises:
+            DqarError: the scheduler's steps have none that could be known.
+        """
+        calendar = self.calendar
+        if calendar is not self._snr[0]:
+            known = self.num_steps is not None
+            self._snr = calendar, metrics.snr(self._scheduler).tolist() if known else []
+        return self._snr[1]
 
     def position(self, timestep: object) -> int | None:
         """Index of this call in the scheduler's timesteps; None where the scheduler cannot tell."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,51 +14,78 @@ from torch import fx
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import is_parameter, lift_constants, source_name, unwrap_scalars
 from dqar_fx.graph.effects import has_late_size, must_keep, storages, written
-from dqar_fx.graph.guard import CHECKS, guard_sites
+from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_sites
 from dqar_fx.graph.lower import BoxedCallable, Lowerer
+from dqar_fx.graph.measure import can_tell_entropy
 from dqar_fx.graph.partition import Piece, partition
 from dqar_fx.graph.share import share_repeated
 from dqar_fx.graph.sites import Region
-from dqar_fx.graph.specialise import ExitLayout, Outcome, Variant, exit_layout, specialise
+from dqar_fx.graph.specialise import (
+    MEASUREMENTS,
+    STORING,
+    ExitLayout,
+    Outcome,
+    Variant,
+    exit_layout,
+    specialise,
+)
 from dqar_fx.runtime.cache import ExitSpec, Store
 from dqar_fx.runtime.offload import Copies, Transfer
 from dqar_fx.runtime.sizes import check_sizes, exit_spec, symbols_of
 
 Outcomes = tuple[Outcome, ...]
 _Gather = Callable[[Sequence[Any]], Sequence[Any]]
+#: The sizes of a call, and whether it is in inference mode: what decides, beside the outcomes, which code runs.
+_Modes = tuple[tuple[object, ...], bool]
+
+#: Programs of one graph that are kept; a static schedule has a handful.
+KEPT_PROGRAMS = 512
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Step:
+    """A piece under given outcomes, placed: every value has the same register in all programs of a graph."""
+
     variant: Variant
     arguments: tuple[int, ...]  # registers, in calling order
     results: tuple[int, ...]
     #: The arguments that have a size, or are one, that another call of this program may have otherwise: the position,
     #: and what it looked like when it was captured.
     symbolic: tuple[tuple[int, Any], ...]
-    freed: tuple[int, ...]  # intermediate values that nobody reads after this (inputs are held by the caller anyway)
+    found: tuple[tuple[int, int, int, int], ...]  # (register, site, exit, part): to be stored when it has run
+    transfers: tuple[Transfer, ...]  # the stored tensors that it is given
+    gather: _Gather
+    #: By sizes and modes: what was compiled for them, and how its intermediate arguments looked.
+    compiled: dict[Hashable, tuple[BoxedCallable, Hashable]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
 class Program:
-    """One set of outcomes, ready to run: registers are inputs, constants, stored tensors, then intermediate values."""
+    """One set of outcomes, ready to run."""
 
     steps: list[_Step]
-    buffers: tuple[tuple[int, int, int], ...]  # (site, exit, part)
-    results: tuple[int, ...]
-    scratch: list[Any]  # initial content of the registers behind the stored tensors
-    found: tuple[tuple[int, int, int, int], ...]  # (register, site, exit, part): to be stored when it has run
-    transfers: tuple[tuple[Transfer, ...], ...]  # of each step: the stored tensors that it is given
+    freed: list[tuple[int, ...]]  # by step: intermediate values that nobody reads after it
     #: (compiled piece, what gathers its arguments, result registers, registers to free)
     compiled: list[tuple[BoxedCallable, _Gather, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    buffers: tuple[Transfer, ...] = field(init=False)
+    found: tuple[tuple[int, int, int, int], ...] = field(init=False)
 
-    def bind(self, store: Store | None) -> list[torch.Tensor]:
-        """The stored tensors that this program reads and writes, in register order; allocates what is missing."""
-        if store is None or not self.buffers:
-            return []
-        if store.on_host:
-            return [cast(torch.Tensor, None)] * len(self.buffers)  # brought when a piece needs them
-        return [store.of(site)[index][part] for site, index, part in self.buffers]
+    def __post_init__(self) -> None:
+        self.buffers = tuple(each for step in self.steps for each in step.transfers)
+        self.found = tuple(each for step in self.steps for each in step.found)
+
+    @property
+    def transfers(self) -> list[tuple[Transfer, ...]]:
+        """Of each step, the stored values that go to and from host memory, if that is where they live."""
+        return [tuple(t for t in step.transfers if t.exit != MEASUREMENTS) for step in self.steps]
+
+    def bind(self, store: Store | None, registers: list[Any]) -> None:
+        """Put the stored tensors that this program reads and writes into place; allocates what is missing."""
+        if store is None:
+            return
+        for use in self.buffers:
+            if not store.on_host or use.exit == MEASUREMENTS:  # the others are brought when a piece needs them
+                registers[use.register] = store.tensor(use.site, use.exit, use.part)
 
     def keep(self, registers: Sequence[Any], store: Store | None) -> None:
         """Store what could not be allocated before it was computed."""
@@ -83,6 +111,7 @@ class CapturedGraph:
         cache: how their exits are stored.
         lowerer: compiles pieces; shared by all graphs of a model.
         variants: the specialised pieces of all graphs of the model, so that equal blocks of two captures share code.
+        measures: what a step that measures does: ``"entropy"`` of the attention, ``"change"`` of its exits.
     """
 
     def __init__(
@@ -92,6 +121,7 @@ class CapturedGraph:
         cache: CacheConfig,
         lowerer: Lowerer,
         variants: dict[object, Variant],
+        measures: frozenset[str] = frozenset(),
     ) -> None:
         self.captured = gm
         self.regions = tuple(regions)
@@ -103,10 +133,12 @@ class CapturedGraph:
         self._lowerer = lowerer
         self._on_host = cache.device == "cpu"
         self._variants = variants
+        self.measures = measures
         self._inputs = [n for n in lifted.graph.nodes if n.op == "placeholder"]
         self._late = {n.name: n.meta["example_value"] for n in lifted.graph.nodes if has_late_size(n)}
         self._result: Sequence[Any] = next(n for n in lifted.graph.nodes if n.op == "output").args[0]
-        self._programs: dict[tuple[Outcomes, tuple[object, ...], bool], Program] = {}
+        self._programs: dict[tuple[Outcomes, _Modes], Program] = {}
+        self._steps: dict[Hashable, _Step] = {}
         nodes = {n.name: n for n in gm.graph.nodes}
         self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
         self.layouts: list[list[ExitLayout]] = [
@@ -129,6 +161,32 @@ class CapturedGraph:
         self._specs: dict[tuple[object, ...], list[list[ExitSpec]]] = {}
         # A piece whose outputs nobody needs still runs if it writes into something.
         self._has_effects = [_has_effects(piece.gm) for piece in self.pieces]
+        #: The sites whose attention can be measured: plain ones, in one piece with their guard.
+        self.measurable = frozenset(
+            piece.sites[n.meta[ATTENTION]] for piece in self.pieces for n in piece.gm.graph.nodes if ATTENTION in n.meta
+        )
+        self._entropy_bounds = [_entropy_bound([nodes[name] for name in region.attentions]) for region in regions]
+        self._place()
+
+    def _place(self) -> None:
+        """Give every value its register: inputs, stored tensors, then intermediate values."""
+        names = [n.name for n in self._inputs]
+        stored: list[tuple[int, int, int]] = []
+        for site, layouts in enumerate(self.layouts):
+            stored += [(site, index, part) for index, layout in enumerate(layouts) for part in range(layout.parts)]
+            stored.append((site, MEASUREMENTS, 0))
+        made = [name for piece in self.pieces for name in piece.outputs]
+        constants = [value for value in self._result if not isinstance(value, fx.Node)]
+        self._stored = {use: i for i, use in enumerate(stored, len(names))}
+        self._found = {use: i for i, use in enumerate(stored, len(names) + len(stored))}
+        self._first_made = len(names) + 2 * len(stored)
+        self._register = {name: i for i, name in enumerate(names)}
+        self._register.update({name: i for i, name in enumerate(made, self._first_made)})
+        first_constant = iter(range(self._first_made + len(made), self._first_made + len(made) + len(constants)))
+        self._returned = [
+            self._register[value.name] if isinstance(value, fx.Node) else next(first_constant) for value in self._result
+        ]
+        self._blank = [None] * (2 * len(stored) + len(made)) + constants
 
     @property
     def num_sites(self) -> int:
@@ -139,6 +197,15 @@ class CapturedGraph:
     def has_late_sizes(self) -> bool:
         """True if the size of a value is known only when the graph runs (``nonzero``, a boolean mask, ``item``)."""
         return bool(self._late)
+
+    def can_measure(self, site: int) -> bool:
+        """True if what is asked for (``measures``) can be measured at ``site``, or a part of it."""
+        change = "change" in self.measures and not all(layout.late_size for layout in self.layouts[site])
+        return change or (site in self.measurable and bool(self.measures - {"change"}))
+
+    def entropy_bound(self, site: int) -> float:
+        """``ln(keys)`` of the attention at ``site``, infinity where it is not known before it runs."""
+        return self._entropy_bounds[site]
 
     def parameters_of(self, arguments: Sequence[Any]) -> Sequence[torch.Tensor]:
         """Those of a call's arguments that are the model's own state."""
@@ -171,16 +238,19 @@ class CapturedGraph:
 
         Returns what the captured graph returns, in the same order.
         """
-        key = (outcomes, sizes, torch.is_inference_mode_enabled())
-        program = self._programs.get(key)
+        modes = (sizes, torch.is_inference_mode_enabled())
+        program = self._programs.get((outcomes, modes))
         if program is None:
-            program = self._programs[key] = self.build(outcomes)
-        registers = [*arguments, *self.constants, *program.bind(store), *program.scratch]
+            program = self._programs[outcomes, modes] = self.build(outcomes)
+            if len(self._programs) > KEPT_PROGRAMS:  # gates make any combination of outcomes; the oldest goes
+                del self._programs[next(iter(self._programs))]
+        registers = [*arguments, *self.constants, *self._blank]
+        program.bind(store, registers)
         for i in self._scalars:
             registers[i] = registers[i].item()
         copies = Copies(store, program.transfers) if store is not None and store.on_host else None
         if not program.compiled or copies is not None:
-            return self._run_apart(program, registers, store, copies)
+            return self._run_apart(program, modes, registers, store, copies)
         for function, arguments_of, outputs, freed in program.compiled:
             given = list(arguments_of(registers))
             for i in freed:
@@ -188,31 +258,39 @@ class CapturedGraph:
             for i, value in zip(outputs, function(given)):  # noqa: B905  # the hot loop; checked at the first run
                 registers[i] = value
         program.keep(registers, store)
-        return [registers[i] for i in program.results]
+        return [registers[i] for i in self._returned]
 
     def _run_apart(
-        self, program: Program, registers: list[Any], store: Store | None, copies: Copies | None
+        self, program: Program, modes: _Modes, registers: list[Any], store: Store | None, copies: Copies | None
     ) -> list[Any]:
-        """Run a program for the first time, compiling it, or with its stored values in host memory."""
+        """Run a program for the first time, compiling what is new, or with its stored values in host memory."""
         compiled = []
-        for index, step in enumerate(program.steps):
+        for index, (step, freed) in enumerate(zip(program.steps, program.freed, strict=True)):
             if copies is not None:
                 copies.bring(index, registers)
             given = [registers[i] for i in step.arguments]
-            if program.compiled:
-                function = program.compiled[index][0]
-            else:
-                function = self._by_sizes(step) if step.symbolic else self._lowerer.lower(step.variant, given)
-            for i in step.freed:
+            function = program.compiled[index][0] if program.compiled else self._function(step, modes, given)
+            for i in freed:
                 registers[i] = None
             for i, value in zip(step.results, function(given), strict=True):
                 registers[i] = value
             if copies is not None:
                 copies.take(index, registers)
-            compiled.append((function, _getter(step.arguments), step.results, step.freed))
+            compiled.append((function, step.gather, step.results, freed))
         program.compiled = compiled  # only now: an exception on the way leaves the program to be built again
         program.keep(registers, store)
-        return [registers[i] for i in program.results]
+        return [registers[i] for i in self._returned]
+
+    def _function(self, step: _Step, modes: _Modes, given: Sequence[Any]) -> BoxedCallable:
+        """``step``, compiled for arguments like these. All but the intermediate ones are what they were for ``modes``:
+        Dynamo guards the inputs, and what is stored is allocated by their sizes."""
+        made = [value for i, value in zip(step.arguments, given, strict=True) if i >= self._first_made]
+        looks = tuple((v.shape, v.stride(), v.dtype) if isinstance(v, torch.Tensor) else v for v in made)
+        known = step.compiled.get(modes)
+        if known is None or known[1] != looks:
+            function = self._by_sizes(step) if step.symbolic else self._lowerer.lower(step.variant, given)
+            known = step.compiled[modes] = (function, looks)
+        return known[0]
 
     def _by_sizes(self, step: _Step) -> BoxedCallable:
         """``step``, compiled for each set of sizes that it is given."""
@@ -227,75 +305,55 @@ class CapturedGraph:
     def build(self, outcomes: Outcomes) -> Program:
         """Choose a variant for each piece, last to first, so that nothing is computed that nobody reads."""
         needed = {n.name for n in self._result if isinstance(n, fx.Node)}
-        chosen: list[tuple[Piece, Variant]] = []
-        for piece, has_effects in zip(reversed(self.pieces), reversed(self._has_effects), strict=True):
+        chosen: list[_Step] = []
+        for index in range(len(self.pieces) - 1, -1, -1):
+            piece = self.pieces[index]
             outputs = tuple(i for i, name in enumerate(piece.outputs) if name in needed)
             mine = tuple(outcomes[site] for site in piece.sites)
             reused = frozenset(i for i, site in enumerate(piece.checked) if outcomes[site] is Outcome.REUSE)
             checks = len(reused) < len(piece.checked)
-            if not outputs and not has_effects and not checks and Outcome.STORE not in mine:
+            if not outputs and not self._has_effects[index] and not checks and not STORING.intersection(mine):
                 continue
-            layouts = tuple(tuple(self.layouts[site]) for site in piece.sites)
-            key = (piece.key, mine, layouts, outputs, reused)
-            variant = self._variants.get(key)
-            if variant is None:
-                variant = self._variants[key] = specialise(piece.gm, mine, layouts, outputs, reused)
-            needed |= {piece.inputs[i] for i in variant.inputs}
-            chosen.append((piece, variant))
+            step = self._steps.get((index, mine, outputs, reused))
+            if step is None:
+                step = self._steps[index, mine, outputs, reused] = self._step(piece, mine, outputs, reused)
+            needed.update(piece.inputs[i] for i in step.variant.inputs)
+            chosen.append(step)
         chosen.reverse()
-        return self._allocate(chosen, outcomes)
+        alive = set(self._returned)
+        freed: list[tuple[int, ...]] = []
+        for step in reversed(chosen):
+            freed.append(tuple(i for i in {*step.arguments} - alive if i >= self._first_made))
+            alive.update(step.arguments)
+        freed.reverse()
+        return Program(chosen, freed)
 
-    def _allocate(self, chosen: list[tuple[Piece, Variant]], outcomes: Outcomes) -> Program:
-        """Give every value a register and note where it is read for the last time."""
-        register = {n.name: i for i, n in enumerate(self._inputs)}
-        buffers = [(p.sites[use.guard], use.exit, use.part) for p, v in chosen for use in v.buffers]
-        first_buffer = len(register)
-        first_scratch = first_buffer + len(buffers)
-        scratch: list[Any] = []
-        steps: list[_Step] = []
-        found: list[tuple[int, int, int, int]] = []
-        transfers: list[tuple[Transfer, ...]] = []
-        next_buffer = first_buffer
-        for piece, variant in chosen:
-            arguments = [register[piece.inputs[i]] for i in variant.inputs]
-            arguments += range(next_buffer, next_buffer + len(variant.buffers))
-            transfers.append(
-                tuple(
-                    Transfer(number, site, use.exit, use.part, outcomes[site] is Outcome.REUSE)
-                    for number, use in enumerate(variant.buffers, next_buffer)
-                    for site in (piece.sites[use.guard],)
-                )
-            )
-            next_buffer += len(variant.buffers)
-            results = []
-            for i in variant.outputs:
-                register[piece.outputs[i]] = first_scratch + len(scratch)
-                results.append(first_scratch + len(scratch))
-                scratch.append(None)
-            for use in variant.found:
-                results.append(first_scratch + len(scratch))
-                found.append((results[-1], piece.sites[use.guard], use.exit, use.part))
-                scratch.append(None)
-            late = [
-                (i, self._late[n]) for i, n in enumerate(piece.inputs[i] for i in variant.inputs) if n in self._late
-            ]
-            for i, use in enumerate(variant.buffers, len(variant.inputs)):
-                site = piece.sites[use.guard]
-                if self.layouts[site][use.exit].late_size:
-                    late.append((i, self._exits[site][use.exit] if use.part == 0 else None))
-            steps.append(_Step(variant, tuple(arguments), tuple(results), tuple(late), ()))
-        final = []
-        for value in self._result:
-            if isinstance(value, fx.Node):
-                final.append(register[value.name])
-            else:
-                final.append(first_scratch + len(scratch))
-                scratch.append(value)
-        alive = set(final)
-        for step in reversed(steps):
-            step.freed = tuple(sorted(i for i in {*step.arguments} - alive if i >= first_scratch))
-            alive |= set(step.arguments)
-        return Program(steps, tuple(buffers), tuple(final), scratch, tuple(found), tuple(transfers))
+    def _step(self, piece: Piece, mine: Outcomes, outputs: tuple[int, ...], reused: frozenset[int]) -> _Step:
+        """``piece`` under the outcomes of its sites, and where its arguments and results are."""
+        layouts = tuple(tuple(self.layouts[site]) for site in piece.sites)
+        key = (piece.key, mine, layouts, outputs, reused, self.measures)
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._variants[key] = specialise(piece.gm, mine, layouts, outputs, reused, self.measures)
+        names = [piece.inputs[i] for i in variant.inputs]
+        uses = [(piece.sites[use.guard], use.exit, use.part) for use in variant.buffers]
+        found = [(piece.sites[use.guard], use.exit, use.part) for use in variant.found]
+        symbolic = [(i, self._late[name]) for i, name in enumerate(names) if name in self._late]
+        for i, (site, index, part) in enumerate(uses, len(names)):
+            if index != MEASUREMENTS and self.layouts[site][index].late_size:
+                symbolic.append((i, self._exits[site][index] if part == 0 else None))
+        arguments = (*(self._register[name] for name in names), *(self._stored[use] for use in uses))
+        results = (*(self._register[piece.outputs[i]] for i in variant.outputs), *(self._found[use] for use in found))
+        outcome = dict(zip(piece.sites, mine, strict=True))
+        return _Step(
+            variant,
+            arguments,
+            results,
+            tuple(symbolic),
+            tuple((self._found[use], *use) for use in found),
+            tuple(Transfer(self._stored[use], *use, outcome[use[0]] is Outcome.REUSE) for use in uses),
+            _getter(arguments),
+        )
 
 
 def _getter(registers: tuple[int, ...]) -> _Gather:
@@ -303,6 +361,16 @@ def _getter(registers: tuple[int, ...]) -> _Gather:
     if len(registers) > 1:
         return operator.itemgetter(*registers)
     return lambda values: [values[i] for i in registers]
+
+
+def _entropy_bound(attentions: Sequence[fx.Node]) -> float:
+    """The largest entropy that these can have on average: that of equal weights for all keys."""
+    bounds = []
+    for node in attentions:
+        key = node.args[1] if len(node.args) > 1 else node.kwargs.get("key")
+        keys = key.meta["example_value"].shape[-2] if isinstance(key, fx.Node) and can_tell_entropy(node) else None
+        bounds.append(math.log(keys) if isinstance(keys, int) and keys > 0 else math.inf)
+    return max(bounds, default=math.inf)
 
 
 def _has_effects(gm: fx.GraphModule) -> bool:

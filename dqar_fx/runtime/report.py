@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from dqar_fx.graph.sites import Site
 from dqar_fx.plan import Plan
-from dqar_fx.runtime.generation import Decision
+from dqar_fx.runtime.decisions import Decision, Measured, plot
 
 MIB = 2**20
 
@@ -20,6 +22,7 @@ class Stats:
 
     Attributes:
         decisions: ``(step, branch, site, action, reason)`` of every site in every call, in order.
+        measurements: ``(step, branch, site, entropy, change)`` of every site that measured, by branch, step and site.
         cache_bytes: bytes held by the generation's stored values now; 0 once it was left or reset.
         captures: graphs that Dynamo captured.
         graph_breaks: breaks between them.
@@ -33,6 +36,15 @@ class Stats:
     graph_breaks: int
     variants: int
     compile_seconds: float
+    measurements: tuple[Measured, ...] = ()
+
+    def plot(self, path: str | Path | None = None, *, title: str = "", size: tuple[float, float] = (9.0, 5.0)) -> Any:
+        """Draw the decisions, step by site, coloured by reason; see ``Plan.plot`` for ``path`` and ``size``.
+
+        Raises:
+            RuntimeStateError: no step has run.
+        """
+        return plot(self.decisions, path, title=title, size=size)
 
     @property
     def steps(self) -> int:
@@ -85,6 +97,8 @@ class Report:
     stats: Stats
     repeats: int
     uncompiled: int
+    gates: str = ""
+    unmeasured: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as numbers, strings, lists and dicts."""
@@ -109,6 +123,13 @@ class Report:
         return {
             "schedule": self.schedule,
             "cache": self.cache,
+            "gates": self.gates,
+            "blocked": {
+                reason: count
+                for reason, count in Counter(d.reason for d in self.stats.decisions).items()
+                if reason != "reuse"
+            },
+            "unmeasured": list(self.unmeasured),
             "planned_reuse_ratio": self.plan.reuse_ratio if self.plan is not None else None,
             "num_steps": self.plan.num_steps if self.plan is not None else None,
             "sites": sites,
@@ -146,6 +167,13 @@ class Report:
                 f"cache {data['cache_bytes'] / MIB:.2f} MiB"
             ),
         ]
+        if self.gates:
+            blocked = ", ".join(f"{reason} {count}" for reason, count in data["blocked"].items())
+            head += [f"gates: {self.gates}", f"computed because of: {blocked or 'nothing'}"]
+            head += [
+                f"entropy cannot be measured at {path}: it is no plain scaled_dot_product_attention, so it computes"
+                for path in self.unmeasured
+            ]
         rows = [
             [s["index"], s["path"], s["kind"], s["exits"], " ".join("x".join(shape) for shape in s["shapes"]),
              "" if s["planned_reuse"] is None else f"{s['planned_reuse']:.0%}", f"{s['reused']}/{s['calls']}",

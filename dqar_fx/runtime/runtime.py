@@ -14,6 +14,7 @@ from torch import fx
 
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CaptureError, RuntimeStateError
+from dqar_fx.gates import Gates
 from dqar_fx.graph.capture import state_name
 from dqar_fx.graph.guard import graph_diff
 from dqar_fx.graph.lower import Backend, Lowerer
@@ -24,7 +25,8 @@ from dqar_fx.runtime.cache import BufferPool
 from dqar_fx.runtime.clock import Move, Tick
 from dqar_fx.runtime.conditioning import Inputs
 from dqar_fx.runtime.entered import Entered, entered_by
-from dqar_fx.runtime.generation import Generation, StepTable
+from dqar_fx.runtime.gating import GatedTable, Gating
+from dqar_fx.runtime.generation import NO_FACTS, Facts, Generation, StepTable
 from dqar_fx.runtime.identity import SchedulerIdentity, read_timestep
 from dqar_fx.runtime.plans import Plans
 from dqar_fx.runtime.program import CapturedGraph
@@ -48,6 +50,7 @@ class _Call:
     #: Sites of the whole call; None until the call has shown it (a model in several graphs, at its first call).
     total: int | None = None
     is_last: bool = False
+    facts: Facts = NO_FACTS
 
 
 class _PerThread(threading.local):
@@ -73,19 +76,21 @@ class Runtime:
         sites: SiteFilter,
         backend: Backend,
         *,
+        gates: Gates | None = None,
         dynamic: bool = False,
     ) -> None:
         self.schedule = schedule
         self.cache = cache
         self.lowerer = Lowerer(backend, dynamic=dynamic)
         self._scheduler = SchedulerIdentity(scheduler) if scheduler is not None else None
+        self._gating = Gating(gates, with_snr=scheduler is not None) if gates is not None else None
         self._filter = sites
         self._graphs: list[CapturedGraph] = []
         self._skipped: list[Site] = []
         self._breaks: list[GraphBreak] = []
         self._ends_in_break: list[bool] = []
         self._variants: dict[object, Variant] = {}
-        #: The graphs of the last completed call, in the order in which they ran: the model, as it runs now.
+        #: The graphs of the fullest call of the last run, in the order in which they ran: the model, as it runs now.
         self._model: tuple[CapturedGraph, ...] = ()
         #: How many sites a call has that begins with this graph (of those that hold any).
         self._totals: dict[CapturedGraph, int] = {}
@@ -103,25 +108,32 @@ class Runtime:
 
     # -- what a user calls ------------------------------------------------------------------------------------------
 
-    def generation(self, num_steps: int | None = None) -> AbstractContextManager[Runtime]:
+    def generation(
+        self, num_steps: int | None = None, *, prompt_length: int | None = None
+    ) -> AbstractContextManager[Runtime]:
         """``with rt.generation(50): ...``: everything inside is one sampling run of ``num_steps`` steps.
 
         All it stored is freed on leaving, however it is left. Generations nest, and each thread, asyncio task and
         generator has its own; what one stores no other ever reads. Rules plan themselves anew for ``num_steps``; a
-        ``Plan`` must have been made for it.
+        ``Plan`` must have been made for it. ``prompt_length``, in tokens, is for an ``EntropyGate``; without it, it is
+        read off the mask of the text encoder, if the model takes one.
 
         Raises:
-            RuntimeStateError: ``num_steps`` is not a positive number.
+            RuntimeStateError: ``num_steps`` or ``prompt_length`` is not a positive number.
             PlanError, ScheduleError: the schedule cannot be planned for ``num_steps``.
         """
         if num_steps is not None and not _is_count(num_steps, 1):
             raise RuntimeStateError(
                 f"generation(num_steps={num_steps!r}): give the number of steps, an int of at least 1."
             )
+        if prompt_length is not None and not _is_count(prompt_length, 1):
+            raise RuntimeStateError(
+                f"generation(prompt_length={prompt_length!r}): give the number of tokens, an int of at least 1."
+            )
         sites = self.schedule.num_sites if isinstance(self.schedule, Plan) else self._num_sites()
         if num_steps is not None and sites is not None:
             self._plans.plan(sites, num_steps)  # refused here, if it does not fit, and not in the middle of the run
-        generation = Generation(num_steps=num_steps, explicit=True, pool=self.pool)
+        generation = Generation(num_steps=num_steps, prompt_length=prompt_length, explicit=True, pool=self.pool)
         return Entered(self, generation, self._left)
 
     def _left(self, generation: Generation) -> None:
@@ -171,7 +183,7 @@ class Runtime:
 
     @property
     def graphs(self) -> tuple[CapturedGraph, ...]:
-        """The graphs that made up the last call; those captured so far, while the first is running."""
+        """The graphs of the fullest call of the last run; those captured so far, while the first is running."""
         return self._model or tuple(self._graphs)
 
     @property
@@ -198,6 +210,7 @@ class Runtime:
             graph_breaks=len(self._breaks),
             variants=self.lowerer.count,
             compile_seconds=self.lowerer.seconds + self.capture_seconds,
+            measurements=tuple(generation.measurements()),
         )
 
     def report(self) -> Report:
@@ -214,7 +227,16 @@ class Runtime:
             stats=self.stats,
             repeats=self._generation().repeats,
             uncompiled=self.lowerer.uncompiled,
+            gates=str(self._gating) if self._gating is not None else "",
+            unmeasured=self._unmeasured(),
         )
+
+    def _unmeasured(self) -> tuple[str, ...]:
+        """Paths of the sites whose entropy a gate asks for and nothing can tell."""
+        if self._gating is None or not any(name.startswith("entropy") for name in self._gating.measures):
+            return ()
+        tell = [site in graph.measurable for graph in self.graphs for site in range(graph.num_sites)]
+        return tuple(site.path or str(site.index) for site, can in zip(self.sites, tell, strict=True) if not can)
 
     def diff(self) -> str:
         """Every captured graph before and after the guards were put in, as a unified diff."""
@@ -250,7 +272,8 @@ class Runtime:
                 raise CaptureError(self._nothing_found(found))
             if whole and not self._graphs:
                 self._plans.plan(len(regions), None)  # a plan for another number of sites is refused before any compile
-            graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants)
+            measures = self._gating.measures if self._gating is not None else frozenset[str]()
+            graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants, measures)
             self._skipped += [site for site in skipped if site not in self._skipped]
             if whole:
                 self._totals[graph] = len(regions)
@@ -280,7 +303,7 @@ class Runtime:
                 captured.clear()
         call = self._threads.call
         if call is not None:
-            self._threads.call = _Call(call.tick, call.generation)
+            self._threads.call = _Call(call.tick, call.generation, facts=call.facts)
             call.generation.log.clear()
 
     def begin_call(self, timestep: object, inputs: Inputs) -> None:
@@ -291,8 +314,10 @@ class Runtime:
         generation = self._generation()
         tick = self._identify(generation, timestep, inputs)
         generation.begin_call(tick)
-        threads.call = _Call(tick, generation)
+        call = threads.call = _Call(tick, generation)
         threads.last = generation
+        if self._gating is not None:
+            call.facts = self._gating.facts(generation, tick, inputs, self._scheduler)
 
     def end_call(self) -> None:
         """The call has returned: its graphs together are the whole model."""
@@ -320,7 +345,8 @@ class Runtime:
             if len(self._totals) == 1:
                 self._plans.plan(call.sites, None)  # a plan for another number of sites is refused after the first call
             call.total = call.sites
-        self._model = tuple(call.graphs)
+        if call.tick.move is Move.START or call.sites >= (self._num_sites() or 0):
+            self._model = tuple(call.graphs)  # not a later call of the run that leaves attentions out
         if call.is_last:
             call.generation.end_branch()
 
@@ -345,7 +371,7 @@ class Runtime:
             call.total = self._totals.get(graph)
         call.graphs.append(graph)
         call.sites = first + graph.num_sites
-        table = self._table(generation, first, graph.num_sites, call.total)
+        table = self._table(generation, graph, first, call.total)
         # What stores nothing and reads nothing need not know of the weights: reading hundreds of counters takes time.
         uses_store = table is None or (0 <= tick.step < table.num_steps and table.uses_store[tick.step])
         if uses_store and not generation.check_weights(graph, first, arguments) and tick.step >= 0:
@@ -357,7 +383,7 @@ class Runtime:
             store.step = [tick.step] * graph.num_sites if tick.step >= 0 else store.step
             reasons: tuple[str, ...] = ("warmup",) * graph.num_sites
         else:
-            outcomes, reasons = table.decide(tick, store, tick.reason or empty_reason)
+            outcomes, reasons = table.decide(tick, store, tick.reason or empty_reason, call.facts)
             call.is_last = tick.step >= table.num_steps - 1
             if tick.step >= table.num_steps:
                 self._warn_once(
@@ -372,6 +398,8 @@ class Runtime:
         except BaseException:
             generation.free()
             raise
+        if store.history.measuring:
+            store.history.read_back(tick.step)
         if call.sites == call.total:
             self._complete(call)
         return result
@@ -418,11 +446,15 @@ class Runtime:
             return sum(graph.num_sites for graph in self._model)
         return next(iter(self._totals.values()), None)
 
-    def _table(self, generation: Generation, first: int, count: int, total: int | None) -> StepTable | None:
-        """The plan for the sites ``first`` to ``first + count`` of a call that has ``total``."""
+    def _table(
+        self, generation: Generation, graph: CapturedGraph, first: int, total: int | None
+    ) -> StepTable | GatedTable | None:
+        """What decides for ``graph``, whose first site has number ``first``, in a call that has ``total`` sites."""
+        count = graph.num_sites
         if total is None or first + count > total:
             return None
-        return self._plans.table(total, self._steps_of(generation), first, count, or_none=bool(self._model))
+        table = self._plans.table(total, self._steps_of(generation), first, count, or_none=bool(self._model))
+        return table if self._gating is None else self._gating.table(table, graph, first, total)
 
     def _wanted(self, site: Site) -> bool:
         if self._filter is None:

@@ -16,7 +16,7 @@ from dqar_fx.graph.capture import readable
 from dqar_fx.graph.guard import guard_sites
 from dqar_fx.graph.partition import Piece, partition
 from dqar_fx.graph.sites import find_sites
-from dqar_fx.graph.specialise import BufferUse, ExitLayout, Outcome, Variant, exit_layout, specialise
+from dqar_fx.graph.specialise import STORING, BufferUse, ExitLayout, Outcome, Variant, exit_layout, specialise
 from dqar_fx.quantize import dequantize, quantize, scale_shape
 from tests.graph.conftest import captured_model, equal, ops, region, traced
 
@@ -265,7 +265,7 @@ def test_two_guards_may_have_different_outcomes(first: Outcome, second: Outcome)
         a = stored[0] if first is REUSE else F.scaled_dot_product_attention(X, X, X)
         y = X + a
         b = stored[1] if second is REUSE else F.scaled_dot_product_attention(y, y, y)
-        kept = [v if o is STORE else s for v, o, s in zip((a, b), (first, second), stored, strict=True)]
+        kept = [v if o in STORING else s for v, o, s in zip((a, b), (first, second), stored, strict=True)]
         return (y + b * 2, b.sin()), kept
 
     buffers = [torch.randn_like(X), torch.randn_like(X)]
