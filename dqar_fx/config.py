@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from dqar_fx.errors import CacheError
 
-TARGETS = ("output",)
+TARGETS = ("output", "kv")
+#: From the least to the most exact.
 DTYPES = ("int8", "native")
 GRANULARITIES = ("token", "tensor", "channel", "head")
 
@@ -16,16 +17,21 @@ class CacheConfig:
     """What a compute step stores for the reuse steps after it.
 
     Args:
-        target: ``"output"``, what leaves the attention module (everything that only feeds it can be skipped).
-        dtype: ``"int8"`` (symmetric, float32 scales) or ``"native"`` (the model's own dtype, exact).
-        granularity: which values share one scale when ``dtype="int8"``, for an exit ``[B, N, D]``:
+        target: ``"output"``, what leaves the attention module (everything that only feeds it can be skipped), or
+            ``"kv"``, the keys and values as the attention operator is given them (after norms and rotary embedding);
+            queries stay fresh, so only what leads to the keys and values can be skipped. Each operator is a site then.
+        dtype: ``"int8"`` (symmetric, float32 scales) or ``"native"`` (the model's own dtype, exact). With
+            ``target="kv"`` also a pair, of the keys and of the values, e.g. ``("native", "int8")``. (One tensor that is
+            both is stored once, in the more exact of the two.)
+        granularity: which values share one scale when ``dtype="int8"``, for an exit ``[B, N, D]``, and for keys and
+            values ``[B, H, N, D]``:
 
-            ========= ============== ==========================================
-            token     ``[B, N, 1]``  the default; any layout
-            tensor    ``[B, 1, 1]``  one per sample, never across the batch
-            channel   ``[B, 1, D]``  over the tokens of a sample
-            head      ``[B, 1, H]``  over the tokens and channels of one head
-            ========= ============== ==========================================
+            ========= ============== ================= ==========================================
+            token     ``[B, N, 1]``  ``[B, H, N, 1]``  the default; any layout
+            tensor    ``[B, 1, 1]``  ``[B, 1, 1, 1]``  one per sample, never across the batch
+            channel   ``[B, 1, D]``  ``[B, H, 1, D]``  over the tokens of a sample
+            head      ``[B, 1, H]``  ``[B, H, 1, 1]``  over the tokens and channels of one head
+            ========= ============== ================= ==========================================
 
         device: ``None``: beside the model. ``"cpu"``: in host memory (pinned where the model runs on CUDA), for video
             models whose cache does not fit on the device: values are copied out and back asynchronously, one piece of
@@ -38,28 +44,70 @@ class CacheConfig:
     """
 
     target: str = "output"
-    dtype: str = "int8"
+    dtype: str | tuple[str, str] = "int8"
     granularity: str = "token"
     device: str | None = None
     keep_buffers: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("target", TARGETS), ("dtype", DTYPES), ("granularity", GRANULARITIES)):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise CacheError(f"CacheConfig.{name} is {value!r}. Use {' or '.join(repr(a) for a in allowed)}.")
+        self._check("target", self.target, TARGETS)
+        if isinstance(self.dtype, tuple):
+            if len(self.dtype) != 2:
+                raise CacheError(f"CacheConfig.dtype is {self.dtype!r}. Give one dtype, or a pair (key, value).")
+            if self.target != "kv":
+                raise CacheError(
+                    f"CacheConfig.dtype is {self.dtype!r}, a pair (key, value), and target is {self.target!r}, which "
+                    f"stores neither. Use target='kv', or one dtype."
+                )
+        for dtype in self.dtypes:
+            self._check("dtype", dtype, DTYPES)
+        self._check("granularity", self.granularity, GRANULARITIES)
         if self.device not in (None, "cpu"):
             raise CacheError(
                 f"CacheConfig.device is {self.device!r}. Use None (beside the model) or 'cpu' (in host memory)."
             )
+        if isinstance(self.dtype, tuple) and self.dtype[0] == self.dtype[1]:
+            object.__setattr__(self, "dtype", self.dtype[0])  # equal configs are equal, however they were said
+
+    @staticmethod
+    def _check(name: str, value: object, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise CacheError(f"CacheConfig.{name} is {value!r}. Use {' or '.join(repr(a) for a in allowed)}.")
+
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """The dtype of the keys and that of the values; twice the same where ``dtype`` is one."""
+        return self.dtype if isinstance(self.dtype, tuple) else (self.dtype, self.dtype)
+
+    def dtype_of(self, role: str) -> str:
+        """How to store what takes part in the attention as ``role``: ``"key"``, ``"value"``, ``"both"``, ``""``."""
+        key, value = self.dtypes
+        if role == "both":
+            return max(key, value, key=DTYPES.index)
+        return value if role == "value" else key
 
     @classmethod
     def parse(cls, text: str) -> CacheConfig:
-        """``"int8"``, ``"native"`` or ``"int8:channel"``, as on a command line; with ``"@cpu"`` for host memory."""
+        """``[kv:]DTYPE[/DTYPE][:GRANULARITY][@cpu]``, as on a command line.
+
+        ``"int8"``, ``"native"`` or ``"int8:channel"`` store outputs; ``"kv:int8"``, ``"kv:native/int8:token"`` (keys
+        / values) or ``"kv"`` (INT8 per token) store keys and values; with ``"@cpu"`` in host memory.
+        """
         layout, _, device = text.partition("@")
-        dtype, _, granularity = layout.partition(":")
-        return cls(dtype=dtype, granularity=granularity or "token", device=device or None)
+        target, _, rest = layout.partition(":")
+        if target == "kv":
+            layout = rest or "int8"
+        else:
+            target = "output"
+        name, _, granularity = layout.partition(":")
+        key, pair, value = name.partition("/")
+        dtype = (key, value) if pair else key
+        return cls(target=target, dtype=dtype, granularity=granularity or "token", device=device or None)
 
     def __str__(self) -> str:
-        layout = self.dtype if self.dtype == "native" else f"{self.dtype}:{self.granularity}"
+        layout = "/".join(self.dtype) if isinstance(self.dtype, tuple) else self.dtype
+        if self.dtypes != ("native", "native"):
+            layout += f":{self.granularity}"
+        if self.target != "output":
+            layout = f"{self.target}:{layout}"
         return f"{layout}@{self.device}" if self.device else layout

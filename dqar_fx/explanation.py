@@ -28,7 +28,8 @@ from dqar_fx.example_inputs import example_inputs, wants_values
 from dqar_fx.graph.attentions import is_attention, is_fused_layer
 from dqar_fx.graph.flops import Work, speedup_bound
 from dqar_fx.graph.inspect import Capture, capture_graphs, describe
-from dqar_fx.graph.sites import Region, find_sites
+from dqar_fx.graph.keys_values import find_stored
+from dqar_fx.graph.sites import Region
 from dqar_fx.plan import Plan
 from dqar_fx.schedule import Schedule
 
@@ -74,7 +75,7 @@ def explain(
         own: list[Region] = []
         fused = {node.name for node in gm.graph.nodes if is_attention(node) or is_fused_layer(node)}
         operators += len(fused)
-        for region in find_sites(gm):
+        for region in find_stored(gm, cache.target):
             site = region.site
             written_out += fused.isdisjoint(region.attentions)
             paths.append(site.path)
@@ -130,6 +131,7 @@ def explain(
         "attentions_captured": written_out + operators,
         "schedule": str(schedule),
         "cache": str(cache),
+        "stored": "keys and values" if cache.target == "kv" else "outputs",
         "num_steps": plan.num_steps if plan else None,
         "planned_reuse_ratio": plan.reuse_ratio if plan else 0.0,
         "sites": rows,
@@ -155,6 +157,13 @@ def _advice(found: Mapping[str, Any]) -> list[str]:
         )
     if not found["sites"]:
         return [*advice, "nothing can be reused."]
+    idle = [site["path"] for site in found["sites"] if not site["flop_share"]]
+    if idle and found["stored"] == "keys and values":
+        advice.append(
+            f"reading the keys and values of {len(idle)} sites back saves nothing ({', '.join(idle[:3])}"
+            f"{', ...' if len(idle) > 3 else ''}): queries, which stay fresh, need what leads to them, as where one "
+            f"projection makes all three. Store outputs there."
+        )
     if found["bound"] < HARDLY_PAYS:
         advice.append(
             f"reuse will hardly pay here: even without any cost of its own this schedule makes sampling at most "

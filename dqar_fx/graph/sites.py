@@ -67,6 +67,8 @@ class Region:
 
     ``batch`` is the size of the attention's batch dimension, None where it cannot be read off. ``sizes`` are numbers
     that something outside reads and that follow from the sizes of the exits, with the numbers they are made of.
+    ``roles`` say of each exit whether it is the attention's ``"key"``, its ``"value"`` or ``"both"``: then only what
+    the attention reads is routed (see ``keys_values``). Empty where the exits are what leaves the attention.
     """
 
     site: Site
@@ -75,6 +77,7 @@ class Region:
     inside: frozenset[str]
     batch: object = None
     sizes: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
 
 
 def find_sites(gm: fx.GraphModule) -> list[Region]:

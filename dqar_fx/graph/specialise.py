@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from dqar_fx.config import CacheConfig
+from dqar_fx.graph.attentions import is_attention
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.effects import eliminate_dead_code, storages, written
 from dqar_fx.graph.guard import CHECKS, guard_nodes, guard_number
@@ -71,14 +72,21 @@ class ExitLayout:
         return 2 if self.granularity else 1
 
 
-def exit_layout(value: torch.Tensor, cache: CacheConfig, heads: int | None, batch: object) -> ExitLayout:
+def exit_layout(
+    value: torch.Tensor, cache: CacheConfig, heads: int | None, batch: object, role: str = ""
+) -> ExitLayout:
     """Settle how an exit is stored. ``batch`` is the attention's batch size (first dimension of its query).
+
+    ``role`` is that of keys and values, ``[B, H, N, D]``: these have heads of their own (fewer than the queries', where
+    several share one).
 
     Scales that span more than one token must not span samples; where the first dimension of the exit is not the
     attention's batch (a sequence-first layout), scales are taken per token, which is right in any layout.
     """
     late_size = bool(free_unbacked_symbols([value]))
-    if cache.dtype == "native":
+    if role:
+        heads = value.shape[1] if value.ndim == 4 else None
+    if cache.dtype_of(role) == "native":
         return ExitLayout(value.dtype, value.ndim, "", None, late_size)
     if late_size:  # which dimension is the batch cannot be told by its size
         return ExitLayout(value.dtype, value.ndim, "token", None, late_size)
@@ -123,6 +131,7 @@ def specialise(
     uses: list[BufferUse] = []
     found: dict[BufferUse, fx.Node] = {}
     guards = guard_nodes(graph)
+    attended = {item for guard in guards for item in guard.users if _only_attended(item)}
     for guard, outcome, parts in zip(guards, outcomes, layouts, strict=True):
         for index, layout in enumerate(parts):
             fresh = cast(fx.Node, guard.args[1 + index])
@@ -136,7 +145,7 @@ def specialise(
                 anchor = graph.call_function(_here)
             with graph.inserting_before(anchor):
                 if outcome is Outcome.REUSE:
-                    value = _read(graph, buffers, layout, _written_later(item, graph))
+                    value = _read(graph, buffers, layout, item not in attended and _written_later(item, graph))
                 else:
                     value = fresh
                     if outcome is Outcome.STORE:
@@ -152,6 +161,8 @@ def specialise(
             if item is not None:
                 if value.op != "placeholder" and value is not fresh:
                     value.meta = dict(item.meta)  # and so its memory: a write through a view of it is a write into it
+                    if item in attended:  # ... which nobody makes: with it, what fills the keys would stay
+                        del value.meta["example_value"]
                 item.replace_all_uses_with(value)
                 graph.erase_node(item)
     for guard in guards:
@@ -222,3 +233,8 @@ def _written_later(item: fx.Node | None, graph: fx.Graph) -> bool:
     family = {n for n in graph.nodes if storages(n) & memory} | {item}
     result = next(n for n in graph.nodes if n.op == "output")
     return any(w in family for n in graph.nodes for w in written(n)) or any(n in family for n in result.all_input_nodes)
+
+
+def _only_attended(item: fx.Node) -> bool:
+    """True if nothing but attentions reads an exit: they write into nothing, and hand on none of its memory."""
+    return all(is_attention(user) and not written(user) for user in item.users)

@@ -110,7 +110,10 @@ class CapturedGraph:
         nodes = {n.name: n for n in gm.graph.nodes}
         self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
         self.layouts: list[list[ExitLayout]] = [
-            [exit_layout(value, cache, region.site.heads, region.batch) for value in exits]
+            [
+                exit_layout(value, cache, region.site.heads, region.batch, role)
+                for value, role in zip(exits, region.roles or [""] * len(exits), strict=True)
+            ]
             for region, exits in zip(regions, self._exits, strict=True)
         ]
         given = self._inputs[: len(self._inputs) - len(self.constants)]

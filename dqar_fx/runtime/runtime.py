@@ -16,8 +16,9 @@ from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CaptureError, RuntimeStateError
 from dqar_fx.graph.capture import state_name
 from dqar_fx.graph.guard import graph_diff
+from dqar_fx.graph.keys_values import find_stored
 from dqar_fx.graph.lower import Backend, Lowerer
-from dqar_fx.graph.sites import Region, Site, find_sites
+from dqar_fx.graph.sites import Region, Site
 from dqar_fx.graph.specialise import Outcome, Variant
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.cache import BufferPool
@@ -231,7 +232,7 @@ class Runtime:
             CaptureError: the whole model is one graph and has no attention, or the site filter leaves none.
             PlanError: the plan was made for another number of sites.
         """
-        found = find_sites(gm)
+        found = find_stored(gm, self.cache.target)
         reason = getattr(gm, "compile_subgraph_reason", None)
         broke = reason is not None and reason.graph_break
         with self._lock:
