@@ -36,6 +36,10 @@ class CacheConfig:
         device: ``None``: beside the model. ``"cpu"``: in host memory (pinned where the model runs on CUDA), for video
             models whose cache does not fit on the device: values are copied out and back asynchronously, one piece of
             the model ahead.
+        lossless: read at every step after the first, whatever the schedule says, what is exact: values that follow from
+            parameters and from what the generation is conditioned on alone, such as the keys and values of a
+            cross-attention on the prompt (``Site.lossless``). Stored in the model's own dtype; computed again when one
+            of those inputs is other memory or was written into. A schedule that reuses nothing leaves these alone too.
         keep_buffers: keep the stored values' memory from one generation for the next, at the same addresses, instead
             of freeing it when a generation ends.
 
@@ -48,6 +52,7 @@ class CacheConfig:
     granularity: str = "token"
     device: str | None = None
     keep_buffers: bool = False
+    lossless: bool = True
 
     def __post_init__(self) -> None:
         self._check("target", self.target, TARGETS)

@@ -59,6 +59,8 @@ class Store:
     specs: Sequence[Sequence[ExitSpec]]  # [site][exit]
     buffers: list[list[tuple[torch.Tensor, ...]] | None] = field(init=False)
     step: list[int] = field(init=False)  # [site]: the step whose value is stored, EMPTY if none
+    #: The arguments, and how often each had been written into, that the values of lossless sites were computed from.
+    inputs: tuple[list[torch.Tensor], list[int]] | None = field(default=None, init=False)
     on_host: bool = field(init=False)  # the values live in host memory, and the model elsewhere
     _released: list[int] = field(init=False)  # [site]: bytes that were held when the run ended
     _streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Store:
     def clear(self) -> None:
         """Forget every value; the buffers stay."""
         self.step = [EMPTY] * len(self.specs)
+        self.inputs = None
 
     def release(self) -> None:
         """The run is over: free the buffers; how much they took is still known."""
@@ -98,7 +101,7 @@ class Store:
     @property
     def is_empty(self) -> bool:
         """True if no site has a value, though buffers may be allocated."""
-        return all(step == EMPTY for step in self.step)
+        return self.inputs is None and all(step == EMPTY for step in self.step)
 
     def site_bytes(self, site: int) -> int:
         """Bytes of one site's stored value; after ``release``, what they were."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from dqar_fx.graph.share import share_repeated
 from dqar_fx.graph.sites import Region
 from dqar_fx.graph.specialise import ExitLayout, Outcome, Variant, exit_layout, specialise
 from dqar_fx.runtime.cache import ExitSpec, Store
+from dqar_fx.runtime.lossless import Lossless
 from dqar_fx.runtime.offload import Copies, Transfer
 from dqar_fx.runtime.sizes import check_sizes, exit_spec, symbols_of
 
@@ -108,10 +109,11 @@ class CapturedGraph:
         self._result: Sequence[Any] = next(n for n in lifted.graph.nodes if n.op == "output").args[0]
         self._programs: dict[tuple[Outcomes, tuple[object, ...], bool], Program] = {}
         nodes = {n.name: n for n in gm.graph.nodes}
+        exact = replace(cache, dtype="native")  # INT8 would lose what a lossless site is for
         self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
         self.layouts: list[list[ExitLayout]] = [
             [
-                exit_layout(value, cache, region.site.heads, region.batch, role)
+                exit_layout(value, exact if region.site.lossless else cache, region.site.heads, region.batch, role)
                 for value, role in zip(exits, region.roles or [""] * len(exits), strict=True)
             ]
             for region, exits in zip(regions, self._exits, strict=True)
@@ -129,6 +131,9 @@ class CapturedGraph:
             i for i, n in enumerate(given) if _is_number(n) and (n.users or str(n.meta.get("example_value")) in symbols)
         )
         self.sources = tuple(source_name(n) for n in given)
+        lossless = [i for i, region in enumerate(regions) if region.site.lossless]
+        needed = {name for region in regions for name in region.inputs}
+        self.lossless = Lossless(lossless, [i for i, n in enumerate(given) if n.name in needed]) if lossless else None
         self._specs: dict[tuple[object, ...], list[list[ExitSpec]]] = {}
         # A piece whose outputs nobody needs still runs if it writes into something.
         self._has_effects = [_has_effects(piece.gm) for piece in self.pieces]

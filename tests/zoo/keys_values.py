@@ -77,7 +77,7 @@ def check_keys_and_values(case: Case, sites: int) -> None:
         try:
             for dtype, oracle in (("native", expected), ("int8", near)):
                 reusing = dqar_fx.optimize(
-                    copy.deepcopy(model), ODD_STEPS, cache=CacheConfig("kv", dtype), backend="eager"
+                    copy.deepcopy(model), ODD_STEPS, cache=CacheConfig("kv", dtype, lossless=False), backend="eager"
                 )
                 runtime = dqar_fx.runtime(reusing)
                 found = harness._run(reusing, case, runtime)
