@@ -8,7 +8,7 @@ from dqar_fx.errors import CacheError
 
 TARGETS = ("output", "kv")
 #: From the least to the most exact.
-DTYPES = ("int8", "native")
+DTYPES = ("int4", "int8", "native")
 GRANULARITIES = ("token", "tensor", "channel", "head")
 
 
@@ -20,7 +20,8 @@ class CacheConfig:
         target: ``"output"``, what leaves the attention module (everything that only feeds it can be skipped), or
             ``"kv"``, the keys and values as the attention operator is given them (after norms and rotary embedding);
             queries stay fresh, so only what leads to the keys and values can be skipped. Each operator is a site then.
-        dtype: ``"int8"`` (symmetric, float32 scales) or ``"native"`` (the model's own dtype, exact). With
+        dtype: ``"int8"`` (symmetric, float32 scales), ``"int4"`` (the same with 15 levels, two values a byte; 18 times
+            the error: measure before you use it) or ``"native"`` (the model's own dtype, exact). With
             ``target="kv"`` also a pair, of the keys and of the values, e.g. ``("native", "int8")``. (One tensor that is
             both is stored once, in the more exact of the two.)
         granularity: which values share one scale when ``dtype="int8"``, for an exit ``[B, N, D]``, and for keys and
@@ -33,6 +34,9 @@ class CacheConfig:
             head      ``[B, 1, H]``  ``[B, H, 1, 1]``  over the tokens and channels of one head
             ========= ============== ================= ==========================================
 
+            INT4 has scales per token, or per ``group``.
+        group: with ``"int4"``, how many adjacent channels of a token share a scale (32 or 64, say; the last group may
+            be smaller); None: all.
         device: ``None``: beside the model. ``"cpu"``: in host memory (pinned where the model runs on CUDA), for video
             models whose cache does not fit on the device: values are copied out and back asynchronously, one piece of
             the model ahead.
@@ -53,6 +57,7 @@ class CacheConfig:
     device: str | None = None
     keep_buffers: bool = False
     lossless: bool = True
+    group: int | None = None
 
     def __post_init__(self) -> None:
         self._check("target", self.target, TARGETS)
@@ -67,6 +72,16 @@ class CacheConfig:
         for dtype in self.dtypes:
             self._check("dtype", dtype, DTYPES)
         self._check("granularity", self.granularity, GRANULARITIES)
+        if self.group is not None:
+            if type(self.group) is not int or self.group < 1:  # True is no number of channels
+                raise CacheError(f"CacheConfig.group is {self.group!r}. Give a number of channels, 32 or 64, or None.")
+            if "int4" not in self.dtypes:
+                raise CacheError(f"CacheConfig.group is {self.group}, which only dtype='int4' reads. Leave it out.")
+        if "int4" in self.dtypes and self.granularity != "token":
+            raise CacheError(
+                f"CacheConfig.granularity is {self.granularity!r}, but INT4 has scales per token or (group=32) per "
+                f"group of channels. Use granularity='token'."
+            )
         if self.device not in (None, "cpu"):
             raise CacheError(
                 f"CacheConfig.device is {self.device!r}. Use None (beside the model) or 'cpu' (in host memory)."
@@ -96,7 +111,8 @@ class CacheConfig:
         """``[kv:]DTYPE[/DTYPE][:GRANULARITY][@cpu]``, as on a command line.
 
         ``"int8"``, ``"native"`` or ``"int8:channel"`` store outputs; ``"kv:int8"``, ``"kv:native/int8:token"`` (keys
-        / values) or ``"kv"`` (INT8 per token) store keys and values; with ``"@cpu"`` in host memory.
+        / values) or ``"kv"`` (INT8 per token) store keys and values; ``"int4:group32"`` has a scale for 32 channels;
+        with ``"@cpu"`` in host memory.
         """
         layout, _, device = text.partition("@")
         target, _, rest = layout.partition(":")
@@ -107,12 +123,15 @@ class CacheConfig:
         name, _, granularity = layout.partition(":")
         key, pair, value = name.partition("/")
         dtype = (key, value) if pair else key
-        return cls(target=target, dtype=dtype, granularity=granularity or "token", device=device or None)
+        group = None
+        if granularity.startswith("group") and granularity[5:].isdecimal():
+            granularity, group = "token", int(granularity[5:])
+        return cls(target, dtype, granularity or "token", device or None, group=group)
 
     def __str__(self) -> str:
         layout = "/".join(self.dtype) if isinstance(self.dtype, tuple) else self.dtype
         if self.dtypes != ("native", "native"):
-            layout += f":{self.granularity}"
+            layout += f":{self.granularity}" if self.group is None else f":group{self.group}"
         if self.target != "output":
             layout = f"{self.target}:{layout}"
         return f"{layout}@{self.device}" if self.device else layout

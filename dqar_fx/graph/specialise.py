@@ -17,7 +17,7 @@ from dqar_fx.graph.attentions import is_attention
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.effects import eliminate_dead_code, storages, written
 from dqar_fx.graph.guard import CHECKS, guard_nodes, guard_number
-from dqar_fx.quantize import dequantize_from, quantize_over, reduced_dims
+from dqar_fx.quantize import dequantize_from, pack_over, quantize_over, reduced_dims, unpack_from
 
 
 class Outcome(Enum):
@@ -65,6 +65,8 @@ class ExitLayout:
     granularity: str  # "" for native
     num_heads: int | None
     late_size: bool = False  # how large it is, is known only when it was computed
+    size: int = 0  # of the last dimension, where two values are packed into a byte; 0 where they are not
+    group: int = 0  # ... of which so many share a scale
 
     @property
     def parts(self) -> int:
@@ -81,13 +83,18 @@ def exit_layout(
     several share one).
 
     Scales that span more than one token must not span samples; where the first dimension of the exit is not the
-    attention's batch (a sequence-first layout), scales are taken per token, which is right in any layout.
+    attention's batch (a sequence-first layout), scales are taken per token, which is right in any layout. What cannot
+    be packed into INT4 (its channels are not adjacent in memory, or their number is open) is stored in INT8.
     """
     late_size = bool(free_unbacked_symbols([value]))
     if role:
         heads = value.shape[1] if value.ndim == 4 else None
     if cache.dtype_of(role) == "native":
         return ExitLayout(value.dtype, value.ndim, "", None, late_size)
+    if cache.dtype_of(role) == "int4" and _can_pack(value):
+        size = int(value.shape[-1])
+        group = min(cache.group or size, size)
+        return ExitLayout(value.dtype, value.ndim, "token", None, late_size, size, group)
     if late_size:  # which dimension is the batch cannot be told by its size
         return ExitLayout(value.dtype, value.ndim, "token", None, late_size)
     granularity = cache.granularity
@@ -100,6 +107,10 @@ def exit_layout(
         elif value.ndim != 4 or value.shape[1] != heads:
             granularity = "token"
     return ExitLayout(value.dtype, value.ndim, granularity, num_heads)
+
+
+def _can_pack(value: torch.Tensor) -> bool:
+    return type(value.shape[-1]) is int and type(value.stride(-1)) is int and value.stride(-1) == 1  # no symbols
 
 
 def specialise(
@@ -197,6 +208,8 @@ def _read(graph: fx.Graph, buffers: list[fx.Node], layout: ExitLayout, private: 
     if layout.granularity:
 
         def read(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            if layout.size:
+                return unpack_from(q, scale, layout.dtype, layout.size, layout.group)
             return dequantize_from(q, scale, layout.dtype, layout.num_heads)
 
         return _inline(graph, read, buffers)[0]
@@ -210,6 +223,8 @@ def _quantised(graph: fx.Graph, fresh: fx.Node, layout: ExitLayout) -> list[fx.N
         return [fresh]
 
     def quantise(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if layout.size:
+            return pack_over(x, layout.size, layout.group)
         dims = reduced_dims(layout.ndim, layout.granularity, layout.num_heads)
         return quantize_over(x, dims, layout.num_heads)
 

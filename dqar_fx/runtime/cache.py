@@ -31,21 +31,34 @@ class ExitSpec:
     on_host: bool = False
 
     def allocate(self) -> tuple[torch.Tensor, ...]:
-        """New buffers: ``(values,)``, or ``(int8 values [shape], float32 scales)``.
+        """New buffers: ``(values,)``, ``(int8 values [shape], float32 scales)``, or the same in bytes of two values.
 
         On the device of the exit, or in host memory (``on_host``), pinned where the exit is on CUDA. The strides of the
         exit are kept, so that a value read back is laid out like a fresh one. Never inference tensors: one and the same
         buffer may be written inside and outside of ``torch.inference_mode``.
         """
         with torch.inference_mode(False), torch.no_grad():
-            dtype = torch.int8 if self.layout.granularity else self.layout.dtype
+            layout, size = self.layout, self.layout.size
+            dtype = torch.uint8 if size else torch.int8 if layout.granularity else layout.dtype
+            shape, stride = _packed(self.shape, self.stride) if size else (self.shape, self.stride)
             device = torch.device("cpu") if self.on_host else self.device
             pinned = self.on_host and self.device.type == "cuda"
-            values = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device, pin_memory=pinned)
-            if not self.layout.granularity:
+            values = torch.empty_strided(shape, stride, dtype=dtype, device=device, pin_memory=pinned)
+            if not layout.granularity:
                 return (values,)
-            shape = scale_shape(self.shape, self.layout.granularity, self.layout.num_heads)
+            shape = scale_shape(self.shape, layout.granularity, layout.num_heads)
+            if size:
+                shape = (*shape[:-1], -(-size // layout.group))
             return values, torch.empty(shape, dtype=torch.float32, device=device, pin_memory=pinned)
+
+
+def _packed(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of a tensor like this whose last dimension, innermost in memory, is packed in pairs."""
+    packed = (*shape[:-1], -(-shape[-1] // 2))
+    strides, step = [1] * len(shape), packed[-1]
+    for i in sorted(range(len(shape) - 1), key=lambda i: (stride[i], shape[i])):
+        strides[i], step = step, step * packed[i]
+    return packed, tuple(strides)
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ def constant_inputs(sources: Sequence[str], latents: str = "") -> frozenset[str]
         sources: of each argument; inputs of the forward that are not used are not among them.
         latents: name of the forward's argument that holds the latents; "": the first that the graph uses.
     """
-    words = {source: QUOTED.findall(source) for source in sources if source.startswith("L['")}
+    words = {source: _words(source) for source in sources}
     names = [found[0] for found in words.values() if found and found[0] != "self"]
     timestep = timestep_argument(list(dict.fromkeys(names)))
     others = [name for name in names if timestep is None or name != timestep[0]]
@@ -33,6 +33,14 @@ def constant_inputs(sources: Sequence[str], latents: str = "") -> frozenset[str]
         for source, found in words.items()
         if found and found[0] in others and found[0] != latents and all(map(is_conditioning, found))
     )
+
+
+def _words(source: str) -> list[str]:
+    """The names in a source, that of the forward's argument first; none where that is not known."""
+    found: list[str] = QUOTED.findall(source) if source.startswith("L['") else []
+    if found[:1] == ["kwargs"]:
+        return found[1:]  # a decorated forward: ``L['kwargs']['encoder_hidden_states']``
+    return [] if found[:1] == ["args"] else found
 
 
 class Lossless:

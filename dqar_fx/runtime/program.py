@@ -109,7 +109,7 @@ class CapturedGraph:
         self._result: Sequence[Any] = next(n for n in lifted.graph.nodes if n.op == "output").args[0]
         self._programs: dict[tuple[Outcomes, tuple[object, ...], bool], Program] = {}
         nodes = {n.name: n for n in gm.graph.nodes}
-        exact = replace(cache, dtype="native")  # INT8 would lose what a lossless site is for
+        exact = replace(cache, dtype="native", group=None)  # INT8 would lose what a lossless site is for
         self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
         self.layouts: list[list[ExitLayout]] = [
             [

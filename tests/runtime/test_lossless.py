@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import dqar_fx
 from dqar_fx import CacheConfig, Schedule
+from dqar_fx.runtime.lossless import constant_inputs
 from tests.ecosystem.kit import NUM_STEPS
 from tests.graph.conftest import WIDTH, Attention, tokens
 from tests.graph.test_lossless import Cross
@@ -42,6 +43,22 @@ def _fresh() -> Iterator[None]:
     with torch.no_grad():
         yield
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("sources", "latents", "constant"),
+    [
+        (["L['x']", "L['t']", "L['y']"], "x", {"L['y']"}),
+        (["L['y']", "L['t']", "L['x']"], "x", {"L['y']"}),  # in the order in which the graph reads them
+        (["L['x']", "L['t']", "L['y']"], "", {"L['y']"}),
+        (["L['kwargs']['x'][0]", "L['kwargs']['t']", "L['kwargs']['caps'][0]"], "x", {"L['kwargs']['caps'][0]"}),
+        (["L['args'][0]", "L['args'][1]", "L['kwargs']['caps']"], "x", {"L['kwargs']['caps']"}),
+        (["L['x']", "L['self']._buffers['table']", "G['table']", "s0"], "x", set()),
+        (["L['hidden_states']", "L['added']['resolution']", "L['added']['noise']"], "x", {"L['added']['resolution']"}),
+    ],
+)
+def test_the_inputs_that_stay_are_told_by_name(sources: list[str], latents: str, constant: set[str]) -> None:
+    assert constant_inputs(sources, latents) == constant
 
 
 def pair(schedule: Schedule = PROMPT_ONLY, **cache: Any) -> tuple[nn.Module, nn.Module]:
