@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from dqar_fx.errors import CacheError
 
-TARGETS = ("output",)
-DTYPES = ("int8", "native")
+TARGETS = ("output", "kv")
+#: From the least to the most exact.
+DTYPES = ("int4", "int8", "native")
 GRANULARITIES = ("token", "tensor", "channel", "head")
 
 
@@ -16,20 +17,33 @@ class CacheConfig:
     """What a compute step stores for the reuse steps after it.
 
     Args:
-        target: ``"output"``, what leaves the attention module (everything that only feeds it can be skipped).
-        dtype: ``"int8"`` (symmetric, float32 scales) or ``"native"`` (the model's own dtype, exact).
-        granularity: which values share one scale when ``dtype="int8"``, for an exit ``[B, N, D]``:
+        target: ``"output"``, what leaves the attention module (everything that only feeds it can be skipped), or
+            ``"kv"``, the keys and values as the attention operator is given them (after norms and rotary embedding);
+            queries stay fresh, so only what leads to the keys and values can be skipped. Each operator is a site then.
+        dtype: ``"int8"`` (symmetric, float32 scales), ``"int4"`` (the same with 15 levels, two values a byte; 18 times
+            the error: measure before you use it) or ``"native"`` (the model's own dtype, exact). With
+            ``target="kv"`` also a pair, of the keys and of the values, e.g. ``("native", "int8")``. (One tensor that is
+            both is stored once, in the more exact of the two.)
+        granularity: which values share one scale when ``dtype="int8"``, for an exit ``[B, N, D]``, and for keys and
+            values ``[B, H, N, D]``:
 
-            ========= ============== ==========================================
-            token     ``[B, N, 1]``  the default; any layout
-            tensor    ``[B, 1, 1]``  one per sample, never across the batch
-            channel   ``[B, 1, D]``  over the tokens of a sample
-            head      ``[B, 1, H]``  over the tokens and channels of one head
-            ========= ============== ==========================================
+            ========= ============== ================= ==========================================
+            token     ``[B, N, 1]``  ``[B, H, N, 1]``  the default; any layout
+            tensor    ``[B, 1, 1]``  ``[B, 1, 1, 1]``  one per sample, never across the batch
+            channel   ``[B, 1, D]``  ``[B, H, 1, D]``  over the tokens of a sample
+            head      ``[B, 1, H]``  ``[B, H, 1, 1]``  over the tokens and channels of one head
+            ========= ============== ================= ==========================================
 
+            INT4 has scales per token, or per ``group``.
+        group: with ``"int4"``, how many adjacent channels of a token share a scale (32 or 64, say; the last group may
+            be smaller); None: all.
         device: ``None``: beside the model. ``"cpu"``: in host memory (pinned where the model runs on CUDA), for video
             models whose cache does not fit on the device: values are copied out and back asynchronously, one piece of
             the model ahead.
+        lossless: read at every step after the first, whatever the schedule says, what is exact: values that follow from
+            parameters and from what the generation is conditioned on alone, such as the keys and values of a
+            cross-attention on the prompt (``Site.lossless``). Stored in the model's own dtype; computed again when one
+            of those inputs is other memory or was written into. A schedule that reuses nothing leaves these alone too.
         keep_buffers: keep the stored values' memory from one generation for the next, at the same addresses, instead
             of freeing it when a generation ends.
 
@@ -38,28 +52,86 @@ class CacheConfig:
     """
 
     target: str = "output"
-    dtype: str = "int8"
+    dtype: str | tuple[str, str] = "int8"
     granularity: str = "token"
     device: str | None = None
     keep_buffers: bool = False
+    lossless: bool = True
+    group: int | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("target", TARGETS), ("dtype", DTYPES), ("granularity", GRANULARITIES)):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise CacheError(f"CacheConfig.{name} is {value!r}. Use {' or '.join(repr(a) for a in allowed)}.")
+        self._check("target", self.target, TARGETS)
+        if isinstance(self.dtype, tuple):
+            if len(self.dtype) != 2:
+                raise CacheError(f"CacheConfig.dtype is {self.dtype!r}. Give one dtype, or a pair (key, value).")
+            if self.target != "kv":
+                raise CacheError(
+                    f"CacheConfig.dtype is {self.dtype!r}, a pair (key, value), and target is {self.target!r}, which "
+                    f"stores neither. Use target='kv', or one dtype."
+                )
+        for dtype in self.dtypes:
+            self._check("dtype", dtype, DTYPES)
+        self._check("granularity", self.granularity, GRANULARITIES)
+        if self.group is not None:
+            if type(self.group) is not int or self.group < 1:  # True is no number of channels
+                raise CacheError(f"CacheConfig.group is {self.group!r}. Give a number of channels, 32 or 64, or None.")
+            if "int4" not in self.dtypes:
+                raise CacheError(f"CacheConfig.group is {self.group}, which only dtype='int4' reads. Leave it out.")
+        if "int4" in self.dtypes and self.granularity != "token":
+            raise CacheError(
+                f"CacheConfig.granularity is {self.granularity!r}, but INT4 has scales per token or (group=32) per "
+                f"group of channels. Use granularity='token'."
+            )
         if self.device not in (None, "cpu"):
             raise CacheError(
                 f"CacheConfig.device is {self.device!r}. Use None (beside the model) or 'cpu' (in host memory)."
             )
+        if isinstance(self.dtype, tuple) and self.dtype[0] == self.dtype[1]:
+            object.__setattr__(self, "dtype", self.dtype[0])  # equal configs are equal, however they were said
+
+    @staticmethod
+    def _check(name: str, value: object, allowed: tuple[str, ...]) -> None:
+        if value not in allowed:
+            raise CacheError(f"CacheConfig.{name} is {value!r}. Use {' or '.join(repr(a) for a in allowed)}.")
+
+    @property
+    def dtypes(self) -> tuple[str, str]:
+        """The dtype of the keys and that of the values; twice the same where ``dtype`` is one."""
+        return self.dtype if isinstance(self.dtype, tuple) else (self.dtype, self.dtype)
+
+    def dtype_of(self, role: str) -> str:
+        """How to store what takes part in the attention as ``role``: ``"key"``, ``"value"``, ``"both"``, ``""``."""
+        key, value = self.dtypes
+        if role == "both":
+            return max(key, value, key=DTYPES.index)
+        return value if role == "value" else key
 
     @classmethod
     def parse(cls, text: str) -> CacheConfig:
-        """``"int8"``, ``"native"`` or ``"int8:channel"``, as on a command line; with ``"@cpu"`` for host memory."""
+        """``[kv:]DTYPE[/DTYPE][:GRANULARITY][@cpu]``, as on a command line.
+
+        ``"int8"``, ``"native"`` or ``"int8:channel"`` store outputs; ``"kv:int8"``, ``"kv:native/int8:token"`` (keys
+        / values) or ``"kv"`` (INT8 per token) store keys and values; ``"int4:group32"`` has a scale for 32 channels;
+        with ``"@cpu"`` in host memory.
+        """
         layout, _, device = text.partition("@")
-        dtype, _, granularity = layout.partition(":")
-        return cls(dtype=dtype, granularity=granularity or "token", device=device or None)
+        target, _, rest = layout.partition(":")
+        if target == "kv":
+            layout = rest or "int8"
+        else:
+            target = "output"
+        name, _, granularity = layout.partition(":")
+        key, pair, value = name.partition("/")
+        dtype = (key, value) if pair else key
+        group = None
+        if granularity.startswith("group") and granularity[5:].isdecimal():
+            granularity, group = "token", int(granularity[5:])
+        return cls(target, dtype, granularity or "token", device or None, group=group)
 
     def __str__(self) -> str:
-        layout = self.dtype if self.dtype == "native" else f"{self.dtype}:{self.granularity}"
+        layout = "/".join(self.dtype) if isinstance(self.dtype, tuple) else self.dtype
+        if self.dtypes != ("native", "native"):
+            layout += f":{self.granularity}" if self.group is None else f":group{self.group}"
+        if self.target != "output":
+            layout = f"{self.target}:{layout}"
         return f"{layout}@{self.device}" if self.device else layout

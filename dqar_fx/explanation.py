@@ -14,10 +14,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,8 +30,12 @@ from dqar_fx.example_inputs import example_inputs, wants_values
 from dqar_fx.graph.attentions import is_attention, is_fused_layer
 from dqar_fx.graph.flops import Work, speedup_bound
 from dqar_fx.graph.inspect import Capture, capture_graphs, describe
-from dqar_fx.graph.sites import Region, find_sites
+from dqar_fx.graph.keys_values import find_stored
+from dqar_fx.graph.lossless import mark_lossless
+from dqar_fx.graph.sites import Region
 from dqar_fx.plan import Plan
+from dqar_fx.runtime.identity import timestep_argument
+from dqar_fx.runtime.lossless import constant_inputs
 from dqar_fx.schedule import Schedule
 
 #: Below this bound, what storing and reading cost eats most of what is left to gain.
@@ -74,7 +80,7 @@ def explain(
         own: list[Region] = []
         fused = {node.name for node in gm.graph.nodes if is_attention(node) or is_fused_layer(node)}
         operators += len(fused)
-        for region in find_sites(gm):
+        for region in find_stored(gm, cache.target):
             site = region.site
             written_out += fused.isdisjoint(region.attentions)
             paths.append(site.path)
@@ -85,6 +91,8 @@ def explain(
             else:
                 index = sum(map(len, regions)) + len(own)
                 own.append(replace(region, site=replace(site, index=index)))
+        if cache.lossless and len(capture.graphs) == 1 and not capture.breaks:
+            own = mark_lossless(gm, own, partial(constant_inputs, latents=_latents(model)))
         regions.append(own)
     if not paths:
         raise CaptureError(
@@ -98,8 +106,11 @@ def explain(
     work = Work(capture.graphs, regions, cache)
     sites = [region.site for own in regions for region in own]
     plan = schedule.plan(len(sites)) if sites else None
-    saved = [work.total - work.of(row.tolist()) for row in plan.reuse] if plan else [0]
-    planned = plan.reuse.mean(axis=0).tolist() if plan else []
+    reuse = plan.reuse.copy() if plan else np.zeros((1, 0), bool)
+    if reuse.any():  # a schedule that reuses nothing computes what is exact as well
+        reuse[1:, [site.lossless for site in sites]] = True
+    saved = [work.total - work.of(row.tolist()) for row in reuse]
+    planned = reuse.mean(axis=0).tolist() if plan else []
     everything = work.saved_together()
     rows = [
         {
@@ -107,14 +118,15 @@ def explain(
             "path": site.path,
             "kind": site.kind,
             "owner": site.owner,
+            "lossless": site.lossless,
             "exits": len(site.exits),
             "shapes": [[str(size) for size in shape] for shape in site.shapes],
             "flop_share": saving / work.total if work.total else 0.0,
-            "planned_reuse": reuse,
+            "planned_reuse": ratio,
             "cache_bytes": stored,
             "native_bytes": native,
         }
-        for site, saving, reuse, stored, native in zip(
+        for site, saving, ratio, stored, native in zip(
             sites, work.site_savings(), planned, work.site_bytes(), work.native_bytes(), strict=True
         )
     ]
@@ -130,8 +142,9 @@ def explain(
         "attentions_captured": written_out + operators,
         "schedule": str(schedule),
         "cache": str(cache),
+        "stored": "keys and values" if cache.target == "kv" else "outputs",
         "num_steps": plan.num_steps if plan else None,
-        "planned_reuse_ratio": plan.reuse_ratio if plan else 0.0,
+        "planned_reuse_ratio": float(reuse.mean()) if plan else 0.0,
         "sites": rows,
         "flop_share": everything / work.total if work.total else 0.0,
         "cache_bytes": sum(row["cache_bytes"] for row in rows),
@@ -145,6 +158,13 @@ def explain(
     return found
 
 
+def _latents(model: nn.Module) -> str:
+    """Name of the argument that holds the latents: the first but the timestep."""
+    names = list(inspect.signature(model.forward).parameters)
+    timestep = timestep_argument(names)
+    return next((name for name in names if timestep is None or name != timestep[0]), "")
+
+
 def _advice(found: Mapping[str, Any]) -> list[str]:
     advice = []
     outside = found["attentions"] - found["attentions_captured"]
@@ -155,6 +175,13 @@ def _advice(found: Mapping[str, Any]) -> list[str]:
         )
     if not found["sites"]:
         return [*advice, "nothing can be reused."]
+    idle = [site["path"] for site in found["sites"] if not site["flop_share"]]
+    if idle and found["stored"] == "keys and values":
+        advice.append(
+            f"reading the keys and values of {len(idle)} sites back saves nothing ({', '.join(idle[:3])}"
+            f"{', ...' if len(idle) > 3 else ''}): queries, which stay fresh, need what leads to them, as where one "
+            f"projection makes all three. Store outputs there."
+        )
     if found["bound"] < HARDLY_PAYS:
         advice.append(
             f"reuse will hardly pay here: even without any cost of its own this schedule makes sampling at most "

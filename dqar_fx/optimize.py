@@ -106,6 +106,7 @@ def optimize(
             f"runtime.begin_step(i).",
             stacklevel=2,
         )
+    runtime.latents = next((name for name in names if argument is None or name != argument[0]), "")
     reader = InputReader(names, argument[0] if argument else "")
     model._compiled_call_impl = OptimizedCall(runtime, compile_model, argument, reader)
     standins.install(model, runtime)

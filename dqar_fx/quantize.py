@@ -1,4 +1,4 @@
-"""Symmetric INT8 quantisation as plain torch operations, so that a compiler can fuse it into its neighbours."""
+"""Symmetric INT8 and INT4 quantisation as plain torch operations, which a compiler can fuse into their neighbours."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from dqar_fx.errors import CacheError
 
 #: Largest magnitude of the symmetric range; -128 is not used, so that negation is exact.
 QMAX = 127
+#: The same for four bits; stored with 8 added, two to a byte.
+QMAX4 = 7
+_OFFSET = 8
 
 
 def scale_shape(shape: tuple[int, ...], granularity: str, num_heads: int | None = None) -> tuple[int, ...]:
@@ -38,7 +41,9 @@ def scale_shape(shape: tuple[int, ...], granularity: str, num_heads: int | None 
     return (shape[0],) + (1,) * (len(shape) - 2) + (num_heads,)
 
 
-def quantize(x: Tensor, granularity: str = "token", *, num_heads: int | None = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, granularity: str = "token", *, num_heads: int | None = None, bits: int = 8, group: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Symmetric INT8: ``scale = max|x| / 127``, ``q = clip(round(x / scale), -127, 127)`` (DQAR, quantised cache).
 
     Args:
@@ -48,27 +53,58 @@ def quantize(x: Tensor, granularity: str = "token", *, num_heads: int | None = N
             (``[B, 1, H]`` with ``num_heads=H``, channels of a head adjacent; ``[B, H, 1, 1]`` for a ``[B, H, N, d]``
             without it).
         num_heads: number of heads in the last dimension; only ``head`` reads it.
+        bits: 8, or 4: ``scale = max|x| / 7``, ``q`` in -7 .. 7, two adjacent values of the last dimension in one byte.
+        group: with 4 bits, how many adjacent channels share a scale (the last group may be smaller); None: all of a
+            token.
 
     Returns:
-        ``q``, int8, of the shape of ``x``, and ``scale``, float32. ``|x - q * scale| <= scale / 2`` up to float32
-        round-off; zeros stay zeros (scale 0). A group that holds a NaN or an infinity gets the scale NaN, so all of it
-        comes back as NaN: the damage is seen, not hidden.
+        ``q``, int8, of the shape of ``x``, and ``scale``, float32. With 4 bits ``q`` is uint8
+        ``[B, ..., N, ceil(D/2)]`` and ``scale`` ``[B, ..., N, ceil(D/group)]``. ``|x - q * scale| <= scale / 2`` up to
+        float32 round-off; zeros stay zeros (scale 0). A group that holds a NaN or an infinity gets the scale NaN, so
+        all of it comes back as NaN: the damage is seen, not hidden.
 
     Raises:
-        CacheError: not floating point, or as ``scale_shape``.
+        CacheError: not floating point, neither 8 nor 4 bits, 4 bits with another granularity than ``token``, a group
+            that is no positive number or without 4 bits, or as ``scale_shape``.
     """
     if not x.is_floating_point():
         raise CacheError(f"cannot quantise a tensor of dtype {x.dtype}: floating point is needed.")
+    if bits not in (8, 4) or (bits == 8 and group is not None) or (group is not None and group < 1):
+        raise CacheError(f"bits={bits} with group={group}: use 8 bits, or 4 bits with a positive group or None.")
     scale_shape(tuple(x.shape), granularity, num_heads)  # refuses what has no meaning
+    if bits == 4:
+        if granularity != "token":
+            raise CacheError(f"granularity is {granularity!r}; 4 bits have scales per token or per group of channels.")
+        return pack_over(x, x.shape[-1], group or x.shape[-1])
     num_heads = num_heads if granularity == "head" else None
     return quantize_over(x, reduced_dims(x.ndim, granularity, num_heads), num_heads)
 
 
-def dequantize(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(
+    q: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    size: int | None = None,
+    group: int | None = None,
+) -> Tensor:
     """``q * scale`` in ``dtype``; ``scale`` as ``quantize`` returned it (any granularity).
 
-    Shapes: ``q [B, ..., N, D]`` int8, ``scale`` float32 -> ``[B, ..., N, D]`` of ``dtype``.
+    Shapes: ``q [B, ..., N, D]`` int8, ``scale`` float32 -> ``[B, ..., N, D]`` of ``dtype``. Of packed values (uint8
+    ``[B, ..., N, ceil(D/2)]``), ``size`` is ``D`` (needed where it is odd) and ``group`` what ``quantize`` was given.
+
+    Raises:
+        CacheError: packed values whose ``size`` or ``group`` do not fit the shapes of ``q`` and ``scale``.
     """
+    if q.dtype == torch.uint8:
+        size = 2 * q.shape[-1] if size is None else size
+        fits = (size + 1) // 2 == q.shape[-1] and scale.shape[-1] == -(-size // (group or size))
+        if not fits:
+            raise CacheError(
+                f"size={size} and group={group} do not fit packed values {list(q.shape)} with scales "
+                f"{list(scale.shape)}. Give what quantize was given."
+            )
+        return unpack_from(q, scale, dtype, size, group or size)
     per_head = scale.shape[-1] not in (1, q.shape[-1])
     return dequantize_from(q, scale, dtype, scale.shape[-1] if per_head else None)
 
@@ -108,12 +144,42 @@ def dequantize_from(q: Tensor, scale: Tensor, dtype: torch.dtype, num_heads: int
     return (split * scale.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-def _scale(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+def pack_over(x: Tensor, size: int, group: int) -> tuple[Tensor, Tensor]:
+    """``quantize`` to 4 bits with the question of the layout settled: ``size`` channels, ``group`` of them a scale."""
+    values = x.float()
+    groups = -(-size // group)
+    if groups * group != size:
+        values = torch.nn.functional.pad(values, (0, groups * group - size))
+    split: Tensor = values.unflatten(-1, (groups, group))  # type: ignore[no-untyped-call]  # torch's own
+    scale = _scale(split, (-1,), QMAX4)
+    levels = (_levels(split, scale, QMAX4) + _OFFSET).to(torch.uint8).flatten(-2)
+    if groups * group != size + size % 2:
+        levels = torch.nn.functional.pad(levels, (0, size + size % 2 - groups * group))  # or cut, if that is negative
+    pairs: Tensor = levels.unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]  # torch's own
+    return pairs[..., 0] | (pairs[..., 1] << 4), scale.squeeze(-1)
+
+
+def unpack_from(q: Tensor, scale: Tensor, dtype: torch.dtype, size: int, group: int) -> Tensor:
+    """``dequantize`` from 4 bits with the question of the layout settled."""
+    shifts = torch.arange(0, 8, 4, dtype=torch.uint8, device=q.device)
+    levels = ((q.unsqueeze(-1) >> shifts) & 15).flatten(-2)
+    # The subtraction keeps the order of the strides, where a conversion of what was cut off would not.
+    values = (levels[..., :size] - float(_OFFSET)).float()
+    if group < size:
+        scale = scale.unsqueeze(-1).expand((-1,) * scale.ndim + (group,)).flatten(-2)[..., :size]
+    return (values * scale).to(dtype)
+
+
+def _scale(values: Tensor, dims: tuple[int, ...], largest_level: int = QMAX) -> Tensor:
     magnitude = values.abs()
     largest = magnitude.amax(dims, keepdim=True) if dims else magnitude  # amax over () would mean over everything
-    return torch.where(largest.isfinite(), largest / QMAX, torch.nan)
+    return torch.where(largest.isfinite(), largest / largest_level, torch.nan)
 
 
 def _round(values: Tensor, scale: Tensor) -> Tensor:
+    return _levels(values, scale, QMAX).to(torch.int8)
+
+
+def _levels(values: Tensor, scale: Tensor, largest_level: int) -> Tensor:
     divisor = torch.where(scale == 0, 1.0, scale)
-    return (values / divisor).round().clamp(-QMAX, QMAX).to(torch.int8)
+    return (values / divisor).round().clamp(-largest_level, largest_level)

@@ -108,7 +108,8 @@ class Family:
         return torch.stack(predictions)
 
 
-def _prompt(prompt: int, *shape: int) -> Tensor:
+def embedded(prompt: int, *shape: int) -> Tensor:
+    """The embedding of a prompt, by its number."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7 + prompt))
 
 
@@ -132,7 +133,7 @@ SD3 = Family(
     },
     lambda batch, size: (batch, 4, size, size),
     lambda batch, size, prompt: {
-        "encoder_hidden_states": _prompt(prompt, batch, 5, 16), "pooled_projections": _prompt(prompt, batch, 8),
+        "encoder_hidden_states": embedded(prompt, batch, 5, 16), "pooled_projections": embedded(prompt, batch, 8),
     },
     sites=2,
 )  # fmt: skip
@@ -145,7 +146,7 @@ FLUX = Family(
     },
     lambda batch, size: (batch, size * size // 4, 8),
     lambda batch, size, prompt: {
-        "encoder_hidden_states": _prompt(prompt, batch, 5, 16), "pooled_projections": _prompt(prompt, batch, 8),
+        "encoder_hidden_states": embedded(prompt, batch, 5, 16), "pooled_projections": embedded(prompt, batch, 8),
         "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(size / 2), torch.arange(size / 2)),
         "txt_ids": torch.zeros(5, 3),
     },
@@ -160,7 +161,7 @@ WAN = Family(
         "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": 32,
     },
     lambda batch, size: (batch, 4, 2, size, size),
-    lambda batch, size, prompt: {"encoder_hidden_states": _prompt(prompt, batch, 5, 16)},
+    lambda batch, size, prompt: {"encoder_hidden_states": embedded(prompt, batch, 5, 16)},
     sites=4,
 )  # fmt: skip
 

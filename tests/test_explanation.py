@@ -52,3 +52,45 @@ def test_a_layer_that_is_one_operator_is_left_computing_with_its_reason(monkeypa
     (left,) = found["left_computing"]
     assert (left["path"], "set_fastpath_enabled" in left["reason"]) == ("layer", True)
     assert found["attentions"] == found["attentions_captured"] == 2  # none of them runs outside of the graph
+
+
+FLUX = {
+    "patch_size": 1, "in_channels": 8, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 8, "axes_dims_rope": (4, 4, 8),
+}  # fmt: skip
+
+
+def test_of_keys_and_values_the_share_and_the_bytes_are_told() -> None:
+    schedule = Schedule.always(50)
+    settings: dict[str, Any] = {"config": FLUX, "dtype": torch.float32, "sizes": {"text_tokens": 5}}
+    whole = explain("FluxTransformer2DModel", schedule, CacheConfig(), **settings)
+    found = explain("FluxTransformer2DModel", schedule, CacheConfig("kv"), **settings)
+    assert (found["stored"], whole["stored"]) == ("keys and values", "outputs")
+    assert len(found["sites"]) == len(whole["sites"]) == 2
+    for mine, theirs in zip(found["sites"], whole["sites"], strict=True):
+        batch, heads, length, size = map(int, mine["shapes"][0])
+        work = 2 * 2 * batch * length * (heads * size) ** 2  # from each token a key and a value
+        assert mine["flop_share"] == pytest.approx(work / (found["gflop_per_call"] * 1e9))
+        assert mine["cache_bytes"] == 2 * batch * heads * length * (size + 4)
+        assert mine["flop_share"] < theirs["flop_share"]
+    assert 1 < found["bound"] < whole["bound"]
+    assert found["flop_share"] == pytest.approx(sum(site["flop_share"] for site in found["sites"]))
+
+
+def test_where_one_projection_makes_all_three_it_is_told_that_nothing_is_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.Linear(16, 48)
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            q, k, v = self.attn(hidden_states).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            return hidden_states + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    monkeypatch.setattr(explanation, "find_model", lambda name, config: lambda: Joined().eval())
+    monkeypatch.setattr(explanation, "example_inputs", lambda model: {"hidden_states": torch.randn(1, 6, 16)})
+    found = explain("anything", Schedule.interval(50), CacheConfig("kv"), dtype=torch.float32)
+    assert [site["flop_share"] for site in found["sites"]] == [0.0]
+    assert any("of 1 sites back saves nothing" in text for text in found["advice"])

@@ -60,7 +60,7 @@ def _forget_code_without_kernels() -> Iterator[None]:
     PyCodeCache.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", ["int8", "native"])
+@pytest.mark.parametrize("dtype", ["int8", "int4", "native"])
 def test_a_block_stores_for_free_and_reuses_without_a_kernel_more(dtype: str) -> None:
     model = DiTTransformer2DModel(
         num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=2, sample_size=32,
@@ -77,3 +77,21 @@ def test_a_block_stores_for_free_and_reuses_without_a_kernel_more(dtype: str) ->
     # Q, K, V and the out-projection are gone, and so is the norm before them; what dequantises is the residual add.
     assert reuse == {**compute, "attention": 0, "gemm": compute["gemm"] - 4, "fused": compute["fused"] - 1}
     assert (compute["fused"], compute["gemm"]) == (5, 9)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "native"])
+def test_keys_and_values_are_stored_by_small_kernels_and_read_by_one(dtype: str) -> None:
+    model = DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=2, sample_size=32,
+        patch_size=2, num_embeds_ada_norm=10,
+    ).eval()  # fmt: skip
+    dqar_fx.optimize(model, SCHEDULE, cache=CacheConfig("kv", dtype), fullgraph=True)
+    _prologue, _first, compute, _epilogue = map(calls, generated(model, step=0))
+    _first, store = map(calls, generated(model, step=1))
+    _first, reuse = map(calls, generated(model, step=2))
+
+    # What is stored comes from a library's kernel and goes to another: there is nothing to fuse with, so each has a
+    # kernel of its own. (With them in the graph, Inductor also takes the statistics of the norm before apart.)
+    assert store == {**compute, "fused": compute["fused"] + 3}
+    # The projections of keys and values are gone; queries, attention and out-projection stay.
+    assert reuse == {**compute, "gemm": compute["gemm"] - 2, "fused": compute["fused"] + (dtype == "int8")}

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"which attention reuses when, as text or as a plan saved in a .json file (default: {SCHEDULE})",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, metavar="T", help="number of sampling steps (default: the schedule's own)")
-    parser.add_argument("--cache", default="int8", metavar="TEXT", help="int8 (the default), native, int8:channel, ...")
+    parser.add_argument("--cache", default="int8", metavar="TEXT", help="int8 (the default), native, kv:int8, ...")
     parser.add_argument("--sites", action="append", metavar="PATTERN", help="only sites whose path matches; repeatable")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows of a call (guidance doubles images)")
     size = "of hidden_states: in latent pixels, or in tokens for a model that takes tokens"
@@ -86,7 +86,7 @@ def render(found: Mapping[str, Any]) -> str:
         ["work", f"{found['gflop_per_call']:.2f} GFLOP per call"],
         ["captured", f"{found['captures']} graph(s), {len(found['graph_breaks'])} break(s)"],
         ["schedule", found["schedule"]],
-        ["cache", found["cache"]],
+        ["cache", f"{found['cache']}, of {found['stored']}"],
     ]
     lines = [tabulate(head, tablefmt="plain", disable_numparse=True), ""]
     if found["sites"]:
@@ -98,7 +98,7 @@ def render(found: Mapping[str, Any]) -> str:
                 site["exits"],
                 " ".join("x".join(shape) for shape in site["shapes"]),
                 f"{site['flop_share']:.2%}",
-                f"{site['planned_reuse']:.0%}",
+                f"{site['planned_reuse']:.0%}{' (exact)' if site['lossless'] else ''}",
                 f"{site['cache_bytes'] / 1024:.1f}",
             ]
             for site in found["sites"]
@@ -108,7 +108,7 @@ def render(found: Mapping[str, Any]) -> str:
         lines += [tabulate(rows, headers=headers, colalign=right, disable_numparse=True), ""]
         native = found["native_bytes"] / MIB
         totals = [
-            ["share of FLOP, all sites", f"{found['flop_share']:.2%}"],
+            [f"share of FLOP, {found['stored']} of all sites", f"{found['flop_share']:.2%}"],
             ["planned reuse", f"{found['planned_reuse_ratio']:.1%} over {found['num_steps']} steps"],
             ["cache", f"{found['cache_bytes'] / MIB:.2f} MiB per branch, {native:.2f} MiB in {found['dtype']}"],
             ["speed-up, this schedule", f"at most {found['bound']:.3f}x"],

@@ -62,6 +62,25 @@ def is_fused_layer(node: fx.Node) -> bool:
     return node.op == "call_function" and target_name(node) in _FUSED_LAYERS
 
 
+def keys_and_values(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """What a fused attention attends over, as it stands; None where that is made inside of the operator, or packed."""
+    if not is_attention(node) or target_name(node) in _MULTI_HEAD:
+        return None
+    key, value = _tensor(node, 1, "key"), _tensor(node, 2, "value")
+    return (key, value) if key is not None and value is not None else None
+
+
+def attend_over(node: fx.Node, key: fx.Node, value: fx.Node) -> None:
+    """Hand other keys and values to a fused attention; a query that is the same tensor as they were stays."""
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for position, name, given in ((1, "key", key), (2, "value", value)):
+        if position < len(args):
+            args[position] = given
+        else:
+            kwargs[name if name in kwargs else name[0]] = given
+    node.args, node.kwargs = tuple(args), kwargs
+
+
 def dropout_probability(node: fx.Node) -> float:
     """With which probability a fused attention drops weights at this call; 0 where it does not, or does not say."""
     if target_name(node).startswith("scaled_dot_product_attention"):
@@ -146,9 +165,14 @@ def _fused_roles(node: fx.Node) -> Roles:
         heads = argument(node, 4, "num_heads", argument(node, 4, "num_head"))
         if target_name(node) == _MULTI_HEAD[0]:  # [tokens, samples, width]
             batch = shape[1] if len(shape) == 3 else None
-    elif len(shape) >= 4 and target_name(node).startswith(("scaled_dot_product_attention", "flex_attention")):
+    elif len(shape) >= 4 and heads_before_tokens(node):
         heads = shape[-3]
     return Roles(query, key, heads if isinstance(heads, int) else None, batch, comparable=True)
+
+
+def heads_before_tokens(node: fx.Node) -> bool:
+    """True for an operator that takes ``[B, ..., H, N, D]``; of others the layout is not known."""
+    return target_name(node).startswith(("scaled_dot_product_attention", "flex_attention"))
 
 
 def _written_roles(attentions: list[fx.Node], inside: set[fx.Node]) -> Roles:

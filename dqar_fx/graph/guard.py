@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import fx
 
+from dqar_fx.graph.attentions import attend_over, keys_and_values
 from dqar_fx.graph.capture import fork, readable
 from dqar_fx.graph.effects import asserts, storages, writers
 from dqar_fx.graph.measure import can_tell_entropy
@@ -35,6 +36,11 @@ def guard_sites(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule
               guard = reuse_or_compute(3, image, text)
               y = x + gate * guard[0];  e2 = e + guard[1]
 
+    Of a region whose exits are keys and values, only the attention reads what the guard hands on:
+
+    Before::  y = attend(q, k, v)
+    After::   guard = reuse_or_compute(3, k, v);  y = attend(q, guard[0], guard[1])
+
     Numerics, shapes and dtypes are unchanged. Refused regions (those with a reason) must have been left out. Applied to
     its own result it has nothing to do: the regions of a guarded graph read ``reuse_or_compute`` already.
     """
@@ -42,12 +48,15 @@ def guard_sites(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule
     nodes = {node.name: node for node in out.graph.nodes}
     position = {node: i for i, node in enumerate(out.graph.nodes)}
     for site, region in enumerate(regions):
-        exits = [nodes[name] for name in region.exits]
-        if any(user.target is reuse_or_compute for node in exits for user in node.users):
-            continue
         for name in region.attentions:
             if can_tell_entropy(nodes[name]):
                 nodes[name].meta[ATTENTION] = site
+        exits = [nodes[name] for name in region.exits]
+        if region.roles:
+            _guard_arguments(out.graph, site, region, nodes)
+            continue
+        if any(user.target is reuse_or_compute for node in exits for user in node.users):
+            continue
         inside = {nodes[name] for name in region.inside}
         # An attention may still write into what it hands out (`a = proj(x); a.add_(bias)`): wait for that.
         memory = frozenset().union(*map(storages, exits))
@@ -77,6 +86,28 @@ def guard_sites(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule
     out.graph.lint()
     out.recompile()
     return out
+
+
+def _guard_arguments(graph: fx.Graph, site: int, region: Region, nodes: dict[str, fx.Node]) -> None:
+    """Guard what one attention is given as keys and values, right before it: all writes into them have happened."""
+    attention = nodes[region.attentions[0]]
+    present = keys_and_values(attention)
+    assert present is not None  # the region would have been refused
+    if any(n.target is operator.getitem and n.all_input_nodes[0].target is reuse_or_compute for n in present):
+        return
+    exits = [nodes[name] for name in region.exits]
+    handed_on = dict(zip(("key", "value"), present, strict=True))
+    with graph.inserting_before(attention):
+        guard = graph.call_function(reuse_or_compute, (site, *exits))
+        guard.meta = {k: v for k, v in attention.meta.items() if k == "nn_module_stack"}
+        guard.meta["example_value"] = tuple(n.meta.get("example_value") for n in exits)
+        for index, (node, role) in enumerate(zip(exits, region.roles, strict=True)):
+            item = graph.call_function(operator.getitem, (guard, index))
+            item.meta = {**node.meta, "nn_module_stack": attention.meta.get("nn_module_stack", {})}
+            handed_on |= dict.fromkeys(("key", "value") if role == "both" else (role,), item)
+    attend_over(attention, handed_on["key"], handed_on["value"])
+    for node in inside_checks({nodes[name] for name in region.inside}):
+        node.meta[CHECKS] = (*node.meta.get(CHECKS, ()), site)
 
 
 def inside_checks(inside: set[fx.Node]) -> set[fx.Node]:

@@ -42,27 +42,23 @@ def put_entropy(graph: fx.Graph, attention: fx.Node, normalize: str, rows: str) 
         )
 
 
-def row_of(
-    entropies: Sequence[Tensor], fresh: Sequence[Tensor], stored: Sequence[Tensor], query: Tensor | None
-) -> Tensor:
-    """The row of one site.
+def entropy_of(entropies: Sequence[Tensor]) -> Tensor:
+    """First half of a row, from the entropy ``[B]`` of each attention of the site: mean, and largest of a sample."""
+    mean = torch.stack([e.float().mean() for e in entropies]).mean()
+    return torch.stack((mean, torch.stack([e.float().amax() for e in entropies]).amax()))
 
-    ``entropies``: of each of its attentions, ``[B]``. ``fresh`` and ``stored``: its exits as computed now and as they
-    were stored before; ``change`` is ``|fresh - stored| / |fresh|``, L2 over all exits, for each sample of those that
-    have the batch of the ``query`` as their first size (where one has not, over the whole batch). Shape ``[4]``.
+
+def change_of(fresh: Sequence[Tensor], stored: Sequence[Tensor], apart: bool) -> Tensor:
+    """Second half of a row: ``|fresh - stored| / |fresh|``, L2 over all exits, mean and largest of a sample.
+
+    ``fresh`` and ``stored``: the exits as computed now and as they were stored before. ``apart``: their first dimension
+    is that of the samples; otherwise the whole batch is one.
     """
-    row = [torch.full((), torch.nan, device=(*entropies, *fresh)[0].device)] * ROW
-    if entropies:
-        row[0] = torch.stack([e.float().mean() for e in entropies]).mean()
-        row[1] = torch.stack([e.float().amax() for e in entropies]).amax()
-    if fresh:
-        apart = query is not None and all(x.shape[0] == query.shape[0] for x in fresh)
-        pairs = [(new.float(), old.float()) for new, old in zip(fresh, stored, strict=True)]
-        difference = torch.stack([_square(new - old, apart) for new, old in pairs]).sum(0)
-        size = torch.stack([_square(new, apart) for new, _ in pairs]).sum(0)
-        change = (difference / size.clamp(min=_TINY)).sqrt()
-        row[2], row[3] = change.mean(), change.amax()
-    return torch.stack(row)
+    pairs = [(new.float(), old.float()) for new, old in zip(fresh, stored, strict=True)]
+    difference = torch.stack([_square(new - old, apart) for new, old in pairs]).sum(0)
+    size = torch.stack([_square(new, apart) for new, _ in pairs]).sum(0)
+    change = (difference / size.clamp(min=_TINY)).sqrt()
+    return torch.stack((change.mean(), change.amax()))
 
 
 def _square(x: Tensor, apart: bool) -> Tensor:

@@ -49,6 +49,8 @@ class Site:
         shapes: their shapes, as captured (a dimension may be symbolic).
         heads: number of heads of the (first) attention, or None where it cannot be read off.
         reason: why the site is left computing; "" when it is rewritten.
+        lossless: its value follows from parameters and from what a generation is conditioned on alone, so it is stored
+            exactly and read at every step after the first (``CacheConfig.lossless``).
     """
 
     index: int
@@ -59,6 +61,7 @@ class Site:
     shapes: tuple[tuple[object, ...], ...]
     heads: int | None
     reason: str = ""
+    lossless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,9 @@ class Region:
 
     ``batch`` is the size of the attention's batch dimension, None where it cannot be read off. ``sizes`` are numbers
     that something outside reads and that follow from the sizes of the exits, with the numbers they are made of.
+    ``roles`` say of each exit whether it is the attention's ``"key"``, its ``"value"`` or ``"both"``: then only what
+    the attention reads is routed (see ``keys_values``). Empty where the exits are what leaves the attention.
+    ``inputs`` are the conditioning inputs of the graph that a lossless site's value follows from.
     """
 
     site: Site
@@ -75,6 +81,8 @@ class Region:
     inside: frozenset[str]
     batch: object = None
     sizes: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
 
 
 def find_sites(gm: fx.GraphModule) -> list[Region]:

@@ -13,11 +13,12 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from dqar_fx.config import CacheConfig
+from dqar_fx.graph.attentions import is_attention
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.effects import eliminate_dead_code, storages, written
 from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_nodes, guard_number
-from dqar_fx.graph.measure import put_entropy, row_of
-from dqar_fx.quantize import dequantize_from, quantize_over, reduced_dims
+from dqar_fx.graph.measure import change_of, entropy_of, put_entropy
+from dqar_fx.quantize import dequantize_from, pack_over, quantize_over, reduced_dims, unpack_from
 
 
 class Outcome(Enum):
@@ -75,6 +76,8 @@ class ExitLayout:
     granularity: str  # "" for native
     num_heads: int | None
     late_size: bool = False  # how large it is, is known only when it was computed
+    size: int = 0  # of the last dimension, where two values are packed into a byte; 0 where they are not
+    group: int = 0  # ... of which so many share a scale
 
     @property
     def parts(self) -> int:
@@ -82,15 +85,27 @@ class ExitLayout:
         return 2 if self.granularity else 1
 
 
-def exit_layout(value: torch.Tensor, cache: CacheConfig, heads: int | None, batch: object) -> ExitLayout:
+def exit_layout(
+    value: torch.Tensor, cache: CacheConfig, heads: int | None, batch: object, role: str = ""
+) -> ExitLayout:
     """Settle how an exit is stored. ``batch`` is the attention's batch size (first dimension of its query).
 
+    ``role`` is that of keys and values, ``[B, H, N, D]``: these have heads of their own (fewer than the queries', where
+    several share one).
+
     Scales that span more than one token must not span samples; where the first dimension of the exit is not the
-    attention's batch (a sequence-first layout), scales are taken per token, which is right in any layout.
+    attention's batch (a sequence-first layout), scales are taken per token, which is right in any layout. What cannot
+    be packed into INT4 (its channels are not adjacent in memory, or their number is open) is stored in INT8.
     """
     late_size = bool(free_unbacked_symbols([value]))
-    if cache.dtype == "native":
+    if role:
+        heads = value.shape[1] if value.ndim == 4 else None
+    if cache.dtype_of(role) == "native":
         return ExitLayout(value.dtype, value.ndim, "", None, late_size)
+    if cache.dtype_of(role) == "int4" and _can_pack(value):
+        size = int(value.shape[-1])
+        group = min(cache.group or size, size)
+        return ExitLayout(value.dtype, value.ndim, "token", None, late_size, size, group)
     if late_size:  # which dimension is the batch cannot be told by its size
         return ExitLayout(value.dtype, value.ndim, "token", None, late_size)
     granularity = cache.granularity
@@ -103,6 +118,10 @@ def exit_layout(value: torch.Tensor, cache: CacheConfig, heads: int | None, batc
         elif value.ndim != 4 or value.shape[1] != heads:
             granularity = "token"
     return ExitLayout(value.dtype, value.ndim, granularity, num_heads)
+
+
+def _can_pack(value: torch.Tensor) -> bool:
+    return type(value.shape[-1]) is int and type(value.stride(-1)) is int and value.stride(-1) == 1  # no symbols
 
 
 def specialise(
@@ -136,6 +155,7 @@ def specialise(
     uses: list[BufferUse] = []
     found: dict[BufferUse, fx.Node] = {}
     guards = guard_nodes(graph)
+    attended = {item for guard in guards for item in guard.users if _only_attended(item)}
     for guard, outcome, parts in zip(guards, outcomes, layouts, strict=True):
         number = guard_number(guard)
         stored: dict[int, list[fx.Node]] = {}
@@ -157,7 +177,7 @@ def specialise(
                 anchor = graph.call_function(_here)
             with graph.inserting_before(anchor):
                 if outcome is Outcome.REUSE:
-                    value = _read(graph, buffers, layout, _written_later(item, graph))
+                    value = _read(graph, buffers, layout, item not in attended and _written_later(item, graph))
                 else:
                     value = fresh
                     if outcome in STORING:
@@ -171,6 +191,8 @@ def specialise(
             if item is not None:
                 if value.op != "placeholder" and value is not fresh:
                     value.meta = dict(item.meta)  # and so its memory: a write through a view of it is a write into it
+                    if item in attended:  # ... which nobody makes: with it, what fills the keys would stay
+                        del value.meta["example_value"]
                 item.replace_all_uses_with(value)
                 graph.erase_node(item)
     for guard in guards:
@@ -201,18 +223,36 @@ def _measure(
     """Write into ``row`` what ``measures`` asks for; before anything is stored, as what is stored is read for it."""
     attentions = [n for n in graph.nodes if n.meta.get(ATTENTION) == guard_number(guard)]
     settings = next((name.split(":")[1:] for name in measures if name.startswith("entropy")), None)
-    entropies = [put_entropy(graph, attention, *settings) for attention in attentions] if settings else []
-    with graph.inserting_before(guard):
-        fresh, before = [], []
-        if "change" in measures:
-            for index, layout in enumerate(layouts):
-                if stored[index]:
-                    fresh.append(cast(fx.Node, guard.args[1 + index]))
-                    before.append(_read(graph, stored[index], layout, private=False))
-        query = attentions[0].args[0] if attentions and attentions[0].args else None
-        if entropies or fresh:
-            value = graph.call_function(row_of, (entropies, fresh, before, query))
-            graph.call_method("copy_", (row, value))
+    parts: list[fx.Node] = []
+    if settings and attentions:
+        entropies = [put_entropy(graph, attention, *settings) for attention in attentions]
+        with graph.inserting_after(entropies[-1]):
+            parts.append(graph.call_function(entropy_of, (entropies,)))
+    exits = [cast(fx.Node, guard.args[1 + i]) for i in range(len(layouts)) if stored[i]]
+    if "change" in measures and exits:
+        with graph.inserting_before(guard):
+            before = [_read(graph, stored[i], layout, private=False) for i, layout in enumerate(layouts) if stored[i]]
+            parts.append(graph.call_function(change_of, (exits, before, _share_batch(attentions, exits))))
+    if not parts:
+        return
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    with graph.inserting_after(max(parts, key=order.__getitem__)):
+        anchor = graph.call_function(_here)
+    with graph.inserting_before(anchor):
+        nothing = graph.call_function(torch.full_like, (parts[0], torch.nan)) if len(parts) == 1 else parts[0]
+        has_entropy = parts[0].target is entropy_of
+        halves = parts if len(parts) == 2 else [parts[0], nothing] if has_entropy else [nothing, parts[0]]
+        graph.call_method("copy_", (row, graph.call_function(torch.cat, (halves,))))
+    graph.erase_node(anchor)
+
+
+def _share_batch(attentions: Sequence[fx.Node], exits: Sequence[fx.Node]) -> bool:
+    """True if the first dimension of all exits is that of the attention's query: samples can be told apart."""
+    query = attentions[0].args[0] if attentions and attentions[0].args else None
+    if not isinstance(query, fx.Node):
+        return False
+    batch = query.meta["example_value"].shape[0]
+    return all(node.meta["example_value"].shape[0] == batch for node in exits)
 
 
 def _here() -> None:
@@ -230,6 +270,8 @@ def _read(graph: fx.Graph, buffers: list[fx.Node], layout: ExitLayout, private: 
     if layout.granularity:
 
         def read(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            if layout.size:
+                return unpack_from(q, scale, layout.dtype, layout.size, layout.group)
             return dequantize_from(q, scale, layout.dtype, layout.num_heads)
 
         return _inline(graph, read, buffers)[0]
@@ -243,6 +285,8 @@ def _quantised(graph: fx.Graph, fresh: fx.Node, layout: ExitLayout) -> list[fx.N
         return [fresh]
 
     def quantise(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if layout.size:
+            return pack_over(x, layout.size, layout.group)
         dims = reduced_dims(layout.ndim, layout.granularity, layout.num_heads)
         return quantize_over(x, dims, layout.num_heads)
 
@@ -266,3 +310,8 @@ def _written_later(item: fx.Node | None, graph: fx.Graph) -> bool:
     family = {n for n in graph.nodes if storages(n) & memory} | {item}
     result = next(n for n in graph.nodes if n.op == "output")
     return any(w in family for n in graph.nodes for w in written(n)) or any(n in family for n in result.all_input_nodes)
+
+
+def _only_attended(item: fx.Node) -> bool:
+    """True if nothing but attentions reads an exit: they write into nothing, and hand on none of its memory."""
+    return all(is_attention(user) and not written(user) for user in item.users)

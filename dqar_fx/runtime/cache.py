@@ -32,21 +32,34 @@ class ExitSpec:
     on_host: bool = False
 
     def allocate(self) -> tuple[torch.Tensor, ...]:
-        """New buffers: ``(values,)``, or ``(int8 values [shape], float32 scales)``.
+        """New buffers: ``(values,)``, ``(int8 values [shape], float32 scales)``, or the same in bytes of two values.
 
         On the device of the exit, or in host memory (``on_host``), pinned where the exit is on CUDA. The strides of the
         exit are kept, so that a value read back is laid out like a fresh one. Never inference tensors: one and the same
         buffer may be written inside and outside of ``torch.inference_mode``.
         """
         with torch.inference_mode(False), torch.no_grad():
-            dtype = torch.int8 if self.layout.granularity else self.layout.dtype
+            layout, size = self.layout, self.layout.size
+            dtype = torch.uint8 if size else torch.int8 if layout.granularity else layout.dtype
+            shape, stride = _packed(self.shape, self.stride) if size else (self.shape, self.stride)
             device = torch.device("cpu") if self.on_host else self.device
             pinned = self.on_host and self.device.type == "cuda"
-            values = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=device, pin_memory=pinned)
-            if not self.layout.granularity:
+            values = torch.empty_strided(shape, stride, dtype=dtype, device=device, pin_memory=pinned)
+            if not layout.granularity:
                 return (values,)
-            shape = scale_shape(self.shape, self.layout.granularity, self.layout.num_heads)
+            shape = scale_shape(self.shape, layout.granularity, layout.num_heads)
+            if size:
+                shape = (*shape[:-1], -(-size // layout.group))
             return values, torch.empty(shape, dtype=torch.float32, device=device, pin_memory=pinned)
+
+
+def _packed(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of a tensor like this whose last dimension, innermost in memory, is packed in pairs."""
+    packed = (*shape[:-1], -(-shape[-1] // 2))
+    strides, step = [1] * len(shape), packed[-1]
+    for i in sorted(range(len(shape) - 1), key=lambda i: (stride[i], shape[i])):
+        strides[i], step = step, step * packed[i]
+    return packed, tuple(strides)
 
 
 @dataclass(slots=True)
@@ -60,6 +73,8 @@ class Store:
     specs: Sequence[Sequence[ExitSpec]]  # [site][exit]
     buffers: list[list[tuple[torch.Tensor, ...]] | None] = field(init=False)
     step: list[int] = field(init=False)  # [site]: the step whose value is stored, EMPTY if none
+    #: The arguments, and how often each had been written into, that the values of lossless sites were computed from.
+    inputs: tuple[list[torch.Tensor], list[int]] | None = field(default=None, init=False)
     on_host: bool = field(init=False)  # the values live in host memory, and the model elsewhere
     history: History = field(init=False)  # what the gates remember
     _released: list[int] = field(init=False)  # [site]: bytes that were held when the run ended
@@ -96,6 +111,7 @@ class Store:
         """Forget every value; the buffers stay."""
         self.step = [EMPTY] * len(self.specs)
         self.history.clear()
+        self.inputs = None
 
     def release(self) -> None:
         """The run is over: free the buffers; how much they took is still known."""
@@ -106,7 +122,7 @@ class Store:
     @property
     def is_empty(self) -> bool:
         """True if no site has a value, though buffers may be allocated."""
-        return all(step == EMPTY for step in self.step)
+        return self.inputs is None and all(step == EMPTY for step in self.step)
 
     def site_bytes(self, site: int) -> int:
         """Bytes of one site's stored value; after ``release``, what they were."""

@@ -29,7 +29,7 @@ _CONSTANT = ("encoder", "prompt", "pooled", "text")
 _SMALL = 64
 #: Cosine of two latents above which they may be of one run.
 _ALIKE = 0.5
-_QUOTED = re.compile(r"\['([^']*)'\]")
+QUOTED = re.compile(r"\['([^']*)'\]")
 
 
 def is_conditioning(name: str) -> bool:
@@ -70,7 +70,7 @@ class _Held:
 
     def is_memory_of(self, given: _Held) -> bool:
         """True if ``given`` is the same memory, not written into since."""
-        return self.version == given.version and _same_memory(self.tensor, given.tensor)
+        return self.version == given.version and same_memory(self.tensor, given.tensor)
 
     def equals(self, given: _Held) -> bool:
         """True if ``given`` has the same values, and it is not known that it would be the same memory."""
@@ -138,7 +138,7 @@ class SourceReader:
     def __init__(self, sources: Sequence[str], timestep: int | None) -> None:
         found = []
         for position, source in enumerate(sources):
-            words = _QUOTED.findall(source)
+            words = QUOTED.findall(source)
             if source.startswith("L['") and words and words[0] != "self" and position != timestep:
                 found.append((source, position, all(is_conditioning(word) for word in words)))
         # The latents come first: arguments are in the order of the forward's parameters.
@@ -253,13 +253,13 @@ def _alike(before: object, after: object) -> bool:
     """
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.shape != after.shape:
         return False
-    if _same_memory(before, after):
+    if same_memory(before, after):
         return True  # updated in place
     a, b = before.flatten().float(), after.to(before.device).flatten().float()
     return bool(torch.dot(a, b) > _ALIKE * a.norm() * b.norm())
 
 
-def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """True if both are one object, or views of the same elements."""
     if a is b:
         return True

@@ -62,7 +62,7 @@ class GatedTable:
     """A plan, cut to the sites of one graph, and the gates that each of its reuses has to pass."""
 
     def __init__(self, table: StepTable, gating: Gating, graph: CapturedGraph, first: int, total: int) -> None:
-        self.num_steps = table.num_steps
+        self.num_steps, self.reuses = table.num_steps, table.reuses
         self._table = table
         self._cascade = gating.cascade
         self._first = first

@@ -66,6 +66,8 @@ class StepTable:
             )
             for t in steps
         ]
+        #: Whether any site reuses at any step.
+        self.reuses = any(map(any, self.reuse))
         #: Whether any site reads or writes its stored value.
         self.uses_store = [any(o is not Outcome.COMPUTE for o in done) for done in self.outcomes]
         # What an undisturbed generation has stored before each step: if it is so, the plan is followed to the letter.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from dqar_fx.graph.specialise import (
     specialise,
 )
 from dqar_fx.runtime.cache import ExitSpec, Store
+from dqar_fx.runtime.lossless import Lossless
 from dqar_fx.runtime.offload import Copies, Transfer
 from dqar_fx.runtime.sizes import check_sizes, exit_spec, symbols_of
 
@@ -140,9 +141,13 @@ class CapturedGraph:
         self._programs: dict[tuple[Outcomes, _Modes], Program] = {}
         self._steps: dict[Hashable, _Step] = {}
         nodes = {n.name: n for n in gm.graph.nodes}
+        exact = replace(cache, dtype="native", group=None)  # INT8 would lose what a lossless site is for
         self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
         self.layouts: list[list[ExitLayout]] = [
-            [exit_layout(value, cache, region.site.heads, region.batch) for value in exits]
+            [
+                exit_layout(value, exact if region.site.lossless else cache, region.site.heads, region.batch, role)
+                for value, role in zip(exits, region.roles or [""] * len(exits), strict=True)
+            ]
             for region, exits in zip(regions, self._exits, strict=True)
         ]
         given = self._inputs[: len(self._inputs) - len(self.constants)]
@@ -158,6 +163,9 @@ class CapturedGraph:
             i for i, n in enumerate(given) if _is_number(n) and (n.users or str(n.meta.get("example_value")) in symbols)
         )
         self.sources = tuple(source_name(n) for n in given)
+        lossless = [i for i, region in enumerate(regions) if region.site.lossless]
+        needed = {name for region in regions for name in region.inputs}
+        self.lossless = Lossless(lossless, [i for i, n in enumerate(given) if n.name in needed]) if lossless else None
         self._specs: dict[tuple[object, ...], list[list[ExitSpec]]] = {}
         # A piece whose outputs nobody needs still runs if it writes into something.
         self._has_effects = [_has_effects(piece.gm) for piece in self.pieces]
@@ -199,7 +207,9 @@ class CapturedGraph:
         return bool(self._late)
 
     def can_measure(self, site: int) -> bool:
-        """True if what is asked for (``measures``) can be measured at ``site``, or a part of it."""
+        """True if what is asked for (``measures``) can be measured at ``site``, or a part of it, and matters there."""
+        if self.regions[site].site.lossless:
+            return False
         change = "change" in self.measures and not all(layout.late_size for layout in self.layouts[site])
         return change or (site in self.measurable and bool(self.measures - {"change"}))
 

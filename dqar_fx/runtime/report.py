@@ -112,6 +112,7 @@ class Report:
                     "path": site.path,
                     "kind": site.kind,
                     "owner": site.owner,
+                    "lossless": site.lossless,
                     "exits": len(site.exits),
                     "shapes": [[str(s) for s in shape] for shape in site.shapes],
                     "planned_reuse": ratio,
@@ -176,7 +177,8 @@ class Report:
             ]
         rows = [
             [s["index"], s["path"], s["kind"], s["exits"], " ".join("x".join(shape) for shape in s["shapes"]),
-             "" if s["planned_reuse"] is None else f"{s['planned_reuse']:.0%}", f"{s['reused']}/{s['calls']}",
+             "exact" if s["lossless"] else "" if s["planned_reuse"] is None else f"{s['planned_reuse']:.0%}",
+             f"{s['reused']}/{s['calls']}",
              f"{s['cache_bytes'] / 1024:.1f}"]
             for s in data["sites"]
         ]  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -17,8 +18,10 @@ from dqar_fx.errors import CaptureError, RuntimeStateError
 from dqar_fx.gates import Gates
 from dqar_fx.graph.capture import state_name
 from dqar_fx.graph.guard import graph_diff
+from dqar_fx.graph.keys_values import find_stored
+from dqar_fx.graph.lossless import mark_lossless
 from dqar_fx.graph.lower import Backend, Lowerer
-from dqar_fx.graph.sites import Region, Site, find_sites
+from dqar_fx.graph.sites import Region, Site
 from dqar_fx.graph.specialise import Outcome, Variant
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.cache import BufferPool
@@ -28,6 +31,7 @@ from dqar_fx.runtime.entered import Entered, entered_by
 from dqar_fx.runtime.gating import GatedTable, Gating
 from dqar_fx.runtime.generation import NO_FACTS, Facts, Generation, StepTable
 from dqar_fx.runtime.identity import SchedulerIdentity, read_timestep
+from dqar_fx.runtime.lossless import constant_inputs
 from dqar_fx.runtime.plans import Plans
 from dqar_fx.runtime.program import CapturedGraph
 from dqar_fx.runtime.report import GraphBreak, Report, Stats
@@ -103,6 +107,8 @@ class Runtime:
         self.capture_seconds = 0.0
         #: Names of the model's parameters and buffers, where known: they tell its own frame from that of a part.
         self.state_names: frozenset[str] | None = None
+        #: Name of the forward's argument that holds the latents, "" where it is not known.
+        self.latents = ""
         #: The options that the registered backend made this runtime from; held, so that their identity stays their own.
         self.origin: object = None
 
@@ -236,7 +242,11 @@ class Runtime:
         if self._gating is None or not any(name.startswith("entropy") for name in self._gating.measures):
             return ()
         tell = [site in graph.measurable for graph in self.graphs for site in range(graph.num_sites)]
-        return tuple(site.path or str(site.index) for site, can in zip(self.sites, tell, strict=True) if not can)
+        return tuple(
+            site.path or str(site.index)
+            for site, can in zip(self.sites, tell, strict=True)
+            if not (can or site.lossless)
+        )
 
     def diff(self) -> str:
         """Every captured graph before and after the guards were put in, as a unified diff."""
@@ -253,7 +263,7 @@ class Runtime:
             CaptureError: the whole model is one graph and has no attention, or the site filter leaves none.
             PlanError: the plan was made for another number of sites.
         """
-        found = find_sites(gm)
+        found = find_stored(gm, self.cache.target)
         reason = getattr(gm, "compile_subgraph_reason", None)
         broke = reason is not None and reason.graph_break
         with self._lock:
@@ -268,6 +278,8 @@ class Runtime:
                     skipped.append(site)
                 else:
                     regions.append(replace(region, site=replace(site, index=len(regions))))
+            if whole and self.cache.lossless:
+                regions = mark_lossless(gm, regions, partial(constant_inputs, latents=self.latents))
             if whole and not regions and not self._graphs:
                 raise CaptureError(self._nothing_found(found))
             if whole and not self._graphs:
@@ -372,8 +384,12 @@ class Runtime:
         call.graphs.append(graph)
         call.sites = first + graph.num_sites
         table = self._table(generation, graph, first, call.total)
+        # A schedule that reuses nothing is a baseline: it computes these too.
+        lossless = graph.lossless if table is not None and table.reuses else None
         # What stores nothing and reads nothing need not know of the weights: reading hundreds of counters takes time.
-        uses_store = table is None or (0 <= tick.step < table.num_steps and table.uses_store[tick.step])
+        uses_store = (
+            table is None or lossless is not None or (0 <= tick.step < table.num_steps and table.uses_store[tick.step])
+        )
         if uses_store and not generation.check_weights(graph, first, arguments) and tick.step >= 0:
             tick = Tick(tick.step, Move.DOUBT)
         sizes = graph.sizes_of(arguments)
@@ -385,6 +401,8 @@ class Runtime:
         else:
             outcomes, reasons = table.decide(tick, store, tick.reason or empty_reason, call.facts)
             call.is_last = tick.step >= table.num_steps - 1
+            if lossless is not None:
+                outcomes, reasons = lossless.decide(tick, call.is_last, store, arguments, outcomes, reasons)
             if tick.step >= table.num_steps:
                 self._warn_once(
                     "steps",

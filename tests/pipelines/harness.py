@@ -30,7 +30,8 @@ DIFFUSERS_WARNS = [
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
 ]
-SETTINGS: dict[str, Any] = {"cache": CacheConfig(dtype="native"), "backend": "eager"}
+# Without what is exact at every step: the oracle replays by the plan alone.
+SETTINGS: dict[str, Any] = {"cache": CacheConfig(dtype="native", lossless=False), "backend": "eager"}
 
 
 def generate(pipe: Any, kwargs: Mapping[str, Any], seed: int = 0) -> Tensor:
