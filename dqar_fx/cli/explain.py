@@ -98,7 +98,7 @@ def render(found: Mapping[str, Any]) -> str:
                 site["exits"],
                 " ".join("x".join(shape) for shape in site["shapes"]),
                 f"{site['flop_share']:.2%}",
-                f"{site['planned_reuse']:.0%}{' (exact)' if site['lossless'] else ''}",
+                f"{site['planned_reuse']:.0%}{' (exact)' if site['lossless'] and site['planned_reuse'] else ''}",
                 f"{site['cache_bytes'] / 1024:.1f}",
             ]
             for site in found["sites"]

@@ -70,11 +70,10 @@ class Lossless:
         Where it is not, they compute, and store for the next step. Where it cannot be told (inference tensors count no
         writes), the schedule alone decides.
         """
-        if tick.move in _UNTOLD:
-            return outcomes, reasons
         given = [arguments[i] for i in self._inputs]
         versions = [-1 if not isinstance(g, torch.Tensor) or g.is_inference() else g._version for g in given]
-        if -1 in versions:
+        if tick.move in _UNTOLD or -1 in versions:
+            store.inputs = None  # what the schedule stores now is of these inputs, and they are not known
             return outcomes, reasons
         known = store.inputs
         same = (

@@ -177,7 +177,7 @@ class Report:
             ]
         rows = [
             [s["index"], s["path"], s["kind"], s["exits"], " ".join("x".join(shape) for shape in s["shapes"]),
-             "exact" if s["lossless"] else "" if s["planned_reuse"] is None else f"{s['planned_reuse']:.0%}",
+             "exact" if s["lossless"] and ratio else "" if s["planned_reuse"] is None else f"{s['planned_reuse']:.0%}",
              f"{s['reused']}/{s['calls']}",
              f"{s['cache_bytes'] / 1024:.1f}"]
             for s in data["sites"]

@@ -169,6 +169,21 @@ def test_inference_tensors_follow_the_schedule_as_no_write_into_them_is_seen() -
     assert [a.startswith("reuse") for a in actions(model)] == [step == 3 for step in range(STEPS)]
 
 
+def test_what_was_stored_of_inference_tensors_is_not_taken_for_that_of_others() -> None:
+    """The prompt of the first steps comes back after one whose writes cannot be seen."""
+    schedule = Schedule.custom(STEPS, lambda step, site, *_: step == 4 and site == 0)
+    eager, model = pair(schedule, dtype="native")
+    prompt = tokens(length=4)
+    with torch.inference_mode():
+        other = tokens(length=4)
+    with dqar_fx.runtime(model).generation(STEPS):
+        for step in range(STEPS):
+            given = other if step == 2 else prompt
+            found, fresh = call(model, step, given), call(eager, step, given)
+            assert step == 4 or torch.equal(found, fresh), step
+        assert [a.startswith("reuse") for a in actions(model)] == [False, True, False, False, True, True]
+
+
 @pytest.mark.parametrize(("schedule", "lossless"), [(PROMPT_ONLY, False), (Schedule.none(STEPS), True)])
 def test_it_can_be_switched_off_and_a_baseline_computes_everything(schedule: Schedule, lossless: bool) -> None:
     _, model = pair(schedule, dtype="native", lossless=lossless)
