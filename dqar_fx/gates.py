@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, Protocol
 
 from dqar_fx.errors import GateError
 
@@ -28,6 +28,17 @@ def _check_number(name: str, value: object) -> None:
 def _check_count(name: str, value: object, least: int = 0) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise GateError(f"{name} is {value!r}. Give an int of at least {least}.")
+
+
+def _short(gate: Any) -> str:
+    """The gate as one would write it: its first argument, and those that are not the default."""
+    first, *others = (f for f in fields(gate) if f.init)
+    shown = [f"{getattr(gate, first.name):g}"]
+    for each in others:
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if getattr(gate, each.name) != default:
+            shown.append(f"{each.name}={getattr(gate, each.name)!r}")
+    return f"{type(gate).__name__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +106,13 @@ class AgeGate:
     """Blocks while the stored value is older than ``limit`` steps (DQAR's ``max_gap``)."""
 
     limit: int
-    reason: str = "stale"
+    reason: str = field(default="stale", init=False)
 
     def __post_init__(self) -> None:
         _check_count("Gates.max_age", self.limit)
+
+    def __str__(self) -> str:
+        return f"max_age={self.limit}"
 
     def allows(self, candidate: Candidate) -> bool:
         """``age <= limit``."""
@@ -110,10 +124,13 @@ class BudgetGate:
     """Blocks once the stored value has been read ``limit`` times (DQAR's ``max_reuse_per_block``)."""
 
     limit: int
-    reason: str = "budget"
+    reason: str = field(default="budget", init=False)
 
     def __post_init__(self) -> None:
         _check_count("Gates.max_reuse", self.limit)
+
+    def __str__(self) -> str:
+        return f"max_reuse={self.limit}"
 
     def allows(self, candidate: Candidate) -> bool:
         """``reuses < limit``."""
@@ -148,6 +165,9 @@ class SnrGate:
                 _check_number(f"SnrGate.{name}", value)
         if self.low > self.high:
             raise GateError(f"SnrGate(low={self.low}, high={self.high}) lets nothing pass. Give low <= high.")
+
+    def __str__(self) -> str:
+        return _short(self)
 
     def allows(self, candidate: Candidate) -> bool:
         """``low <= snr <= high``, and ``snr >= deep_snr`` from two thirds of the depth on; not if it is unknown."""
@@ -202,6 +222,9 @@ class EntropyGate:
             _check_count("EntropyGate.site_scales' site", site)
             _check_number(f"EntropyGate.site_scales[{site}]", scale)
 
+    def __str__(self) -> str:
+        return _short(self)
+
     def limit(self, prompt_length: int | None = None) -> float:
         """``tau(p)``: what the entropy must be below, for a prompt of that many tokens (None or 0: no prompt)."""
         if prompt_length is not None:
@@ -242,6 +265,9 @@ class ChangeGate:
 
     def __post_init__(self) -> None:
         _check_number("ChangeGate.threshold", self.threshold)
+
+    def __str__(self) -> str:
+        return _short(self)
 
     def allows(self, candidate: Candidate) -> bool:
         """``change <= threshold``; not where nothing was measured yet."""

@@ -28,7 +28,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     hub = SimpleNamespace(from_pretrained=lambda _name: pipe)
     monkeypatch.setattr(diffusers, "DiTPipeline", hub)
     names = {"model": pipe.transformer, "timesteps": scheduler.timesteps, "torch": torch}
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["plan"], dqar_fx.Plan)

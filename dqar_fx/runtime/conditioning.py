@@ -141,9 +141,10 @@ class SourceReader:
             words = QUOTED.findall(source)
             if source.startswith("L['") and words and words[0] != "self" and position != timestep:
                 found.append((source, position, all(is_conditioning(word) for word in words)))
-        # The latents come first: arguments are in the order of the forward's parameters.
-        self._latents: int | None = found[0][1] if found else None
-        self._positions = {name: position for name, position, chosen in found[1:] if chosen}
+        # The latents come first of what is not named after a prompt: arguments are in the order of their first use.
+        latents = (position for name, position, _ in found if not any(word in name for word in _CONSTANT))
+        self._latents: int | None = next(latents, None)
+        self._positions = {name: position for name, position, chosen in found if chosen and position != self._latents}
 
     def __call__(self, arguments: Sequence[object]) -> Inputs:
         """The conditioning tensors of one call of the graph."""
