@@ -107,19 +107,20 @@ class ControllerStats:
 
 @dataclass(slots=True)
 class _Stored:
-    """One tensor as it is kept: itself, or its int8 values and scales."""
+    """One tensor as it is kept: itself, or its quantised values and scales."""
 
     parts: tuple[Tensor, ...]
     layout: tuple[torch.Size, torch.dtype, torch.device]  # of the tensor that was committed
+    group: int | None = None  # INT4: channels that share a scale
 
     def read(self) -> Tensor:
         """A tensor of its own: what the caller writes into it must not reach the cache."""
-        _, dtype, device = self.layout
+        shape, dtype, device = self.layout
         with torch.no_grad():
             if len(self.parts) == 1:
                 return self.parts[0].to(device, copy=True)
             q, scale = (part.to(device) for part in self.parts)
-            return dequantize(q, scale, dtype)
+            return dequantize(q, scale, dtype, size=shape[-1], group=self.group)
 
     @property
     def bytes(self) -> int:
@@ -181,6 +182,7 @@ class Controller:
 
     Raises:
         ScheduleError, PlanError: the schedule or plan does not fit these numbers.
+        CacheError: ``cache`` has a dtype each for keys and values.
     """
 
     def __init__(
@@ -192,6 +194,11 @@ class Controller:
         cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen, so one default serves all calls
         num_steps: int | None = None,
     ) -> None:
+        if isinstance(cache.dtype, tuple):
+            raise CacheError(
+                f"CacheConfig.dtype is {cache.dtype}, a pair for keys and values, but a controller stores what it is "
+                f"given, all of it alike. Use one dtype."
+            )
         self.plan = schedule.plan(num_sites, num_steps)
         self.gates = gates
         self.cache = cache
@@ -439,7 +446,7 @@ class Controller:
     def _store(self, key: tuple[str, int], tensors: tuple[Tensor, ...]) -> tuple[_Stored, ...]:
         # Outside of inference mode: a value that was stored in it may be read outside.
         with torch.inference_mode(False), torch.no_grad():
-            values = tuple(_Stored(self._pack(tensor), _layout(tensor)) for tensor in tensors)
+            values = tuple(_Stored(self._pack(tensor), _layout(tensor), self.cache.group) for tensor in tensors)
             kept = self._kept.get(key, ()) if self.cache.keep_buffers else ()
             if [value.layout for value in kept] != [value.layout for value in values]:
                 if self.cache.keep_buffers:
@@ -454,7 +461,9 @@ class Controller:
         device = torch.device(self.cache.device or tensor.device)
         if self.cache.dtype == "native":
             return (tensor.to(device, copy=True),)
-        return tuple(part.to(device) for part in quantize(tensor, self.cache.granularity))
+        bits = 4 if self.cache.dtype == "int4" else 8
+        packed = quantize(tensor, self.cache.granularity, bits=bits, group=self.cache.group)
+        return tuple(part.to(device) for part in packed)
 
 
 def _is_count(value: object) -> bool:

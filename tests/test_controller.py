@@ -520,3 +520,21 @@ def test_as_its_docstring_shows() -> None:
 def test_importing_it_imports_no_diffusers() -> None:
     code = "import sys, dqar_fx.controller; assert 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_four_bits_and_groups_come_back_within_half_a_scale() -> None:
+    controller = Controller(Schedule.always(3), 1, cache=CacheConfig(dtype="int4", group=4))
+    x = torch.randn(2, 5, 10)
+    controller.begin_step(0)
+    controller.commit(0, x)
+    controller.begin_step(1)
+    assert controller.should_reuse(0, like=x)
+    largest = torch.nn.functional.pad(x, (0, 2)).unflatten(-1, (3, 4)).abs().amax(-1)
+    scale = (largest / 7).repeat_interleave(4, -1)[..., :10]
+    assert ((controller.reuse(0) - x).abs() <= scale / 2 + 1e-6).all()
+    assert controller.stats.cache_bytes == 2 * 5 * (5 + 3 * 4)
+
+
+def test_a_dtype_each_for_keys_and_values_is_refused() -> None:
+    with pytest.raises(CacheError, match=r"a pair for keys and values.*Use one dtype"):
+        Controller(Schedule.always(3), 1, cache=CacheConfig("kv", ("native", "int8")))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import dqar_fx
 from dqar_fx import CacheConfig, ChangeGate, EntropyGate, GateError, Gates, Schedule, SnrGate
 from dqar_fx.graph.specialise import Outcome
+from tests.counting import CountsReads
 from tests.models import make_dit, sample, timestep
 
 STEPS = 8
@@ -335,6 +336,45 @@ def test_an_attention_that_is_nan_computes() -> None:
     )
     sample(model, steps=STEPS, start=torch.full((2, 4, 8, 8), torch.nan))
     assert dqar_fx.runtime(model).stats.reused == 0
+
+
+def gated_by_scheduler(device: str, gates: Gates) -> tuple[nn.Module, Callable[[], None]]:
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(STEPS, device=device)
+    model = dqar_fx.optimize(
+        make_dit().to(device), Schedule.interval(STEPS, every=2, warmup=2), gates=gates, scheduler=scheduler,
+        backend="eager",
+    )  # fmt: skip
+    latents, labels = torch.randn(2, 4, 8, 8, device=device), torch.tensor([1, 2], device=device)
+
+    def generate() -> None:
+        scheduler.set_timesteps(STEPS, device=device)
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                model(latents, timestep=t.expand(2), class_labels=labels)
+
+    return model, generate
+
+
+def test_gates_read_nothing_from_the_device() -> None:
+    model, generate = gated_by_scheduler("cpu", Gates(entropy=EntropyGate(WIDE), change=ChangeGate(0.5)))
+    generate()
+    with CountsReads() as mode:
+        generate()
+    assert mode.reads == 0
+    assert dqar_fx.runtime(model).stats.measurements
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_gates_wait_for_nothing() -> None:
+    model, generate = gated_by_scheduler("cuda", Gates(entropy=EntropyGate(WIDE), change=ChangeGate(0.5), snr=None))
+    generate()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        generate()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert dqar_fx.runtime(model).stats.reused > 0
 
 
 def test_a_picture_of_the_decisions(tmp_path: Any) -> None:
