@@ -42,6 +42,7 @@ def test_no_example_is_left_out() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "compile_backend",
         "dit",
+        "gates",
         "minimal_loop",
         "own_model",
         TRAINING,
@@ -78,6 +79,15 @@ def test_compile_backend(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert "6 steps: computed 12 attentions, reused 24 (66.7%)" in output
     assert "1 graphs, 0 graph breaks" in output
+
+
+def test_gates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load("gates").main(["--backend", "eager", "--steps", "20", "--output", str(tmp_path)])
+    rows = [line.rsplit(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines()[-3:]]
+    (alone, alone_db), (gated, gated_db), (keys_values, _) = ((int(r.rstrip("%")), float(db)) for r, db in rows)
+    assert 0 < gated < alone == keys_values
+    assert gated_db > alone_db
+    assert (tmp_path / "decisions.png").stat().st_size > 5000
 
 
 def test_minimal_loop(capsys: pytest.CaptureFixture[str]) -> None:

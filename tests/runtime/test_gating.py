@@ -103,7 +103,7 @@ def test_a_gate_on_the_noise_level_follows_the_scheduler() -> None:
 
 
 def test_a_gate_on_the_noise_level_needs_a_scheduler() -> None:
-    with pytest.raises(GateError, match=r"SnrGate\(low=1.*scheduler=pipe.scheduler.*snr=None"):
+    with pytest.raises(GateError, match=r"SnrGate\(1\).*scheduler=pipe.scheduler.*snr=None"):
         dqar_fx.optimize(make_dit(), SCHEDULE, gates=Gates(snr=SnrGate(1.0)))
     _, runtime = run(Gates(entropy=None))  # the default one steps aside, and says so
     assert "snr left out" in str(runtime.report())

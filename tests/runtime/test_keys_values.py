@@ -134,7 +134,7 @@ def test_a_pair_stores_keys_and_values_each_its_own_way(name: str, dtype: tuple[
     torch.testing.assert_close(found, oracle, rtol=0, atol=2e-6 * float(oracle.abs().max()))
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("SD3", "int8"), ("PixArt", "native")])
+@pytest.mark.parametrize(("name", "dtype"), [("DiT", "int8"), ("PixArt", "native")])
 def test_compiled_it_gives_the_same(name: str, dtype: str) -> None:
     family = MODELS[name]
     model = family.optimized(cache=by_schedule(dtype), backend="inductor", fullgraph=True)
