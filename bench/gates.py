@@ -3,7 +3,7 @@
 Each row is one schedule with its gates: the share of attentions reused, and the PSNR of the images against those that
 the same model draws without reuse, from the same noise. Errors only, so nothing is compiled by default.
 
-    python bench/gates.py                          # 2 to 3 minutes on two cores
+    python bench/gates.py                          # a minute on two cores
     python bench/gates.py --images 50 --seeds 0 1 2 3
 """
 

@@ -144,6 +144,18 @@ def test_what_is_measured_in_the_graph_is_the_entropy_of_the_attention(backend: 
         assert math.isnan(m.change)  # nobody asked
 
 
+def test_keys_and_values_are_measured_as_outputs_are() -> None:
+    gates = Gates(entropy=EntropyGate(NARROW), change=ChangeGate(1.0))  # nothing is reused
+    _, outputs = run(gates)
+    _, keys_values = run(gates, cache=CacheConfig("kv"))
+    entropy = [(m.step, m.site, m.entropy) for m in outputs.stats.measurements]
+    assert entropy
+    assert [(m.step, m.site, m.entropy) for m in keys_values.stats.measurements] == entropy
+    changes = [m.change for m in keys_values.stats.measurements if not math.isnan(m.change)]
+    assert changes
+    assert changes != [m.change for m in outputs.stats.measurements if not math.isnan(m.change)]
+
+
 @pytest.mark.parametrize("cache", [CacheConfig(dtype="native"), CacheConfig()], ids=str)
 def test_what_is_measured_is_the_change_since_the_value_was_stored(cache: CacheConfig) -> None:
     _, runtime = run(Gates(entropy=None, change=ChangeGate(0.0)), Schedule.always(STEPS), cache=cache)
