@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "CacheError",
+    "CalibrationError",
     "CaptureError",
     "DqarError",
     "GateError",
@@ -51,6 +52,14 @@ class CacheError(DqarError, ValueError):
 
     Raised for an unknown target, dtype or granularity, for combinations of them that have no meaning, and for tensors
     that cannot be quantised (an integer dtype, a shape without the axis that a scale is taken over).
+    """
+
+
+class CalibrationError(DqarError, ValueError):
+    """A plan cannot be chosen by measurement.
+
+    Raised for a budget that has no meaning or that nothing meets (the message says the best that can be reached), for a
+    sampler that cannot be differentiated, is not repeatable, or takes another number of steps than it should.
     """
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from dqar_fx import standins
 from dqar_fx.backend import CaptureBackend, make_runtime, runtime_of_compiled
+from dqar_fx.calibration import binding
 from dqar_fx.checks import check_model, check_parts
 from dqar_fx.compiled import OptimizedCall
 from dqar_fx.config import CacheConfig
@@ -75,6 +76,8 @@ def optimize(
         PlanError: at the first call, if a ``Plan`` was made for another number of sites.
     """
     check_model(model)
+    if isinstance(schedule, Plan):
+        binding.check(schedule, model, scheduler, cache)
     runtime = make_runtime(
         schedule=schedule, cache=cache, gates=gates, scheduler=scheduler, sites=sites, backend=backend, mode=mode,
         options=options, dynamic=dynamic,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -45,6 +45,8 @@ class Plan:
             Row 0 is all False, since nothing is stored yet. Copied, and read-only from then on.
         schedule: the text of the schedule that made the plan, if known. For people; it has no effect, and plans of
             different origin with the same table are equal.
+        calibration: what a plan from ``calibrate`` was made for, and the error that was predicted and verified for it.
+            Saved with the plan; ``optimize`` warns where it is used for something else.
 
     A plan can be given wherever a schedule can: :meth:`plan` returns it, if it fits.
 
@@ -54,6 +56,7 @@ class Plan:
 
     reuse: npt.NDArray[np.bool_]
     schedule: str | None = None
+    calibration: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -164,6 +167,8 @@ class Plan:
             "legend": {COMPUTE: "compute", REUSE: "reuse"},
             "reuse": ["".join(REUSE if reused else COMPUTE for reused in row) for row in self.reuse],
         }
+        if self.calibration is not None:
+            document["calibration"] = dict(self.calibration)
         # Not tempfile: its files are readable by their owner only, and would stay so after the move.
         temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
         try:
@@ -269,7 +274,7 @@ class Plan:
 
     def __reduce__(self) -> tuple[Callable[..., Plan], tuple[Any, ...]]:
         # numpy's own copies and pickles are writable again; through the constructor they are not.
-        return Plan, (self.reuse, self.schedule)
+        return Plan, (self.reuse, self.schedule, self.calibration)
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -300,4 +305,9 @@ def _from_document(document: Any) -> Plan:
     for key, found in (("num_steps", len(rows)), ("num_sites", len(rows[0]))):
         if document.get(key) != found:
             raise PlanError(f'"{key}" is {document.get(key)!r}, but "reuse" has {found}. Correct one of them.')
-    return Plan(np.array([[character == REUSE for character in row] for row in rows], dtype=bool), schedule)
+    calibration = document.get("calibration")
+    if calibration is not None and not isinstance(calibration, dict):
+        raise PlanError(f'"calibration" is {calibration!r}, neither an object nor null.')
+    return Plan(
+        np.array([[character == REUSE for character in row] for row in rows], dtype=bool), schedule, calibration
+    )

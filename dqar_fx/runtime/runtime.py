@@ -165,6 +165,19 @@ class Runtime:
         finally:
             generation.branch = before
 
+    def follow(self, schedule: Schedule | Plan) -> None:
+        """Decide by another schedule from here on; what is stored is forgotten, what is compiled stays.
+
+        Raises:
+            PlanError, ScheduleError: it cannot be planned for this model.
+        """
+        sites = self._num_sites()
+        plans = Plans(schedule)
+        if sites is not None:
+            plans.plan(sites, None)
+        self.reset()
+        self.schedule, self._plans = schedule, plans
+
     def reset(self) -> None:
         """Forget everything that the current generation of this thread has stored, and free it."""
         self._generation().free()

@@ -1,0 +1,81 @@
+"""What a calibrated plan was made for, so that it is not taken for something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from dqar_fx.config import CacheConfig
+from dqar_fx.errors import PlanError
+from dqar_fx.plan import Plan
+
+_SAMPLED = 64  # elements of each weight that the fingerprint reads
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short name for the weights: of names, shapes, and 64 elements of each, spread over it. Reads the device once."""
+    digest = hashlib.sha256()
+    taken: list[torch.Tensor] = []
+    with torch.no_grad():
+        for name, weight in sorted(model.state_dict().items()):
+            digest.update(f"{name} {list(weight.shape)};".encode())
+            if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.device.type != "meta":
+                flat = weight.detach().reshape(-1)
+                taken.append(flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].float().cpu())
+    digest.update(torch.cat(taken).numpy().tobytes() if taken else b"")
+    return digest.hexdigest()[:16]
+
+
+def identity(model: nn.Module, scheduler: Any, cache: CacheConfig) -> dict[str, Any]:
+    """What a plan is bound to."""
+    return {
+        "model": type(model).__name__,
+        "weights": fingerprint(model),
+        "scheduler": _scheduler_name(scheduler),
+        "cache": str(cache),
+    }
+
+
+def check(plan: Plan, model: nn.Module, scheduler: Any, cache: CacheConfig) -> None:
+    """Compare what a calibrated plan was made for with what it is given to.
+
+    Warns where its error is no longer known: other weights, another scheduler, another cache.
+
+    Raises:
+        PlanError: it was made for another class of model.
+    """
+    record = plan.calibration
+    if record is None:
+        return
+    made = record.get("for", {})
+    if made.get("model") != type(model).__name__:
+        raise PlanError(
+            f"this plan was calibrated for a {made.get('model')}, and the model is a {type(model).__name__}: what may "
+            f"be reused in one says nothing about the other. Calibrate this model, or give a Schedule."
+        )
+    now = identity(model, scheduler, cache)
+    if scheduler is None:
+        now["scheduler"] = made.get("scheduler")  # nothing to compare with
+    differing = [f"{key} {made.get(key)}, not {now[key]}" for key in now if made.get(key) != now[key]]
+    if differing:
+        warnings.warn(
+            f"this plan was calibrated for {'; '.join(differing)}: the error that it promises was not measured for "
+            f"this. Calibrate anew to know it.",
+            stacklevel=3,
+        )
+
+
+def _scheduler_name(scheduler: Any) -> str:
+    """The class, and a short name for its settings."""
+    if scheduler is None:
+        return "unknown"
+    config: Mapping[str, Any] = getattr(scheduler, "config", {})
+    settings = {k: v for k, v in dict(config).items() if not k.startswith("_")}
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return f"{type(scheduler).__name__} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
