@@ -6,8 +6,9 @@ reads it.
 
 * Keys are stored as ``k * B`` with ``B = sqrt(s(Q) / s(K))`` (eq. 4 to 7), and queries are multiplied by ``1 / B`` when
   they are read. ``B`` is rounded to a power of two: both products are then exact, in every dtype, and so is ``q . k``.
-* Outputs are stored as ``x * B`` with ``B = 1 / s(X)``, and divided by it in float32 when they are read. Nothing else
-  that is quantised shares the salience, so all of it is taken out.
+* Outputs are stored as ``x * B`` with ``B = 1 / sqrt(s(X))``, and divided by it in float32 when they are read: what
+  an output meets is no one weight, and its salience is taken to be 1. (``B = 1 / s(X)``, which takes out all of it,
+  leaves a smaller error in the output and a larger one in the images: salient channels are the ones that matter.)
 
 A channel without salience (all zeros, or a value that is not finite) has ``B = 1``.
 """
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from dqar_fx.errors import CacheError
 
-#: How far ``B`` may be from 1 (keys), or from that of the most salient channel (outputs): beyond it, products of what
-#: a later step brings could leave the range of float16.
+#: How far ``B`` of keys may be from 1, and a salience of outputs from the largest: beyond it, a product with what a
+#: later step brings could leave the range of float16, or of float32.
 LARGEST = 2.0**12
 FORMAT = "dqar_fx.balance/1"
 _EXPONENT = 0x7F800000  # the bits of a float32 that hold its exponent: without the others it is a power of two
@@ -90,12 +91,12 @@ def key_factors(key: Tensor, partner: Tensor) -> Tensor:
 
 
 def output_factors(own: Tensor) -> Tensor:
-    """``B = 1 / s(X)`` of an output from its salience ``[..., C]``; float32."""
+    """``B = 1 / sqrt(s(X))`` of an output from its salience ``[..., C]``; float32."""
     own = own.float()
     finite = torch.where(own.isfinite(), own, 0.0)
     floor = finite.amax(-1, keepdim=True) / LARGEST
     raised = torch.maximum(finite, floor)
-    return torch.where((raised > 0) & own.isfinite(), raised.reciprocal(), 1.0)
+    return torch.where((raised > 0) & own.isfinite(), raised.rsqrt(), 1.0)
 
 
 def query_salience(query: Tensor, groups: int) -> Tensor:
