@@ -110,20 +110,29 @@ def _real_model(
     return model, lambda seed: _run(model, inputs, seed), how
 
 
-def _load(name: str, dtype: torch.dtype) -> nn.Module:
+def require_weights(name: str) -> None:
+    """Refuse what can be seen to name no weights.
+
+    Raises:
+        CaptureError: the name of a class, or a config file.
+    """
     path = Path(name).expanduser()
-    if not path.is_dir() and "/" not in name:
+    if name != "digits" and (path.is_file() or (not path.is_dir() and "/" not in name)):
         raise CaptureError(
             f"--calibrate runs a model with its own weights, and {name!r} names none: random ones have no salient "
             f"channels. Give a folder that holds them, a hub id (owner/name), or 'digits'."
         )
-    kind = read_class(name)
+
+
+def _load(name: str, dtype: torch.dtype) -> nn.Module:
+    require_weights(name)
+    kind, path = read_class(name), Path(name).expanduser()
     inner = (path / "transformer").is_dir() if path.is_dir() else None
     failures: list[Exception] = []
     places: Sequence[str | None] = ["transformer", None] if inner is None else ["transformer"] if inner else [None]
     for subfolder in places:
         try:
-            model: nn.Module = kind.from_pretrained(name, subfolder=subfolder)
+            model: nn.Module = kind.from_pretrained(str(path) if path.is_dir() else name, subfolder=subfolder)
         except (OSError, ValueError, RuntimeError) as error:  # noqa: PERF203  # two places are looked at, not many
             failures.append(error)
         else:

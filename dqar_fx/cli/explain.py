@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from dqar_fx.balance_explanation import explain_balance
+    from dqar_fx.balance_explanation import explain_balance, require_weights
     from dqar_fx.cli.models import CommandError, parse_schedule
     from dqar_fx.config import CacheConfig
     from dqar_fx.explanation import explain, read_config
@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--save-balance is what --calibrate finds: give both.")
     if args.calibrate and args.config:
         raise CommandError("--calibrate runs the model's own weights, which --config would no longer fit: give one.")
+    if args.calibrate:
+        require_weights(args.model)
     cache, dtype = CacheConfig.parse(args.cache), getattr(torch, args.dtype)
     sizes = {
         "batch": args.batch,
