@@ -171,3 +171,34 @@ def test_the_report_says_what_is_not_balanced() -> None:
     report = dqar_fx.runtime(model).report()
     assert "not balanced: ?: its keys are its values" in str(report)
     assert [entry["reason"] for entry in report.to_dict()["unbalanced"]] == [reason for _, reason in report.unbalanced]
+
+
+def test_heads_of_queries_that_share_keys_are_scaled_by_the_factors_of_theirs() -> None:
+    class Grouped(nn.Module):
+        """Two heads of keys, whose salient channels differ, for six of queries."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(8, 48), nn.Linear(8, 16), nn.Linear(8, 16)
+            self.out = nn.Linear(48, 8)
+            with torch.no_grad():
+                self.k.weight[[1, 14]] *= 100
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            q, k, v = (y(x).unflatten(-1, (-1, 8)).transpose(1, 2) for y in (self.q, self.k, self.v))
+            attended = F.scaled_dot_product_attention(q / timestep, k, v, enable_gqa=True)
+            return self.out(attended.transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model = Grouped().eval().requires_grad_(False)
+    x, timestep = torch.randn(2, 5, 8), torch.tensor(30.0)
+    expected = model(x, timestep)
+    dqar_fx.optimize(model, Schedule.always(3), cache=CacheConfig("kv", balance="dynamic"), backend="eager")
+    runtime = dqar_fx.runtime(model)
+    with torch.no_grad(), runtime.generation(num_steps=3):
+        for step in range(3):
+            runtime.begin_step(step)
+            found = model(x, timestep)
+        assert runtime.stats.reused == 2
+    assert not runtime.report().unbalanced
+    assert float((found - expected).norm() / expected.norm()) < 0.01
