@@ -7,6 +7,8 @@ import importlib
 from types import ModuleType
 
 from dqar_fx import metrics
+from dqar_fx.balance import Balance
+from dqar_fx.calibration import calibrate_balance
 from dqar_fx.config import CacheConfig
 from dqar_fx.controller import Controller
 from dqar_fx.errors import (
@@ -31,6 +33,7 @@ from dqar_fx.schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "Balance",
     "CacheConfig",
     "CacheError",
     "CaptureError",
@@ -49,6 +52,7 @@ __all__ = [
     "ScheduleError",
     "Site",
     "SnrGate",
+    "calibrate_balance",
     "dequantize",
     "metrics",
     "optimize",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dqar_fx.balance import Balance
 from dqar_fx.errors import CacheError
 
 TARGETS = ("output", "kv")
+#: ``CacheConfig.balance`` without calibration.
+DYNAMIC = "dynamic"
 #: From the least to the most exact.
 DTYPES = ("int4", "int8", "native")
 GRANULARITIES = ("token", "tensor", "channel", "head")
@@ -37,6 +40,10 @@ class CacheConfig:
             INT4 has scales per token, or per ``group``.
         group: with ``"int4"``, how many adjacent channels of a token share a scale (32 or 64, say; the last group may
             be smaller); None: all.
+        balance: channel-wise salience balancing (see ``dqar_fx.balance``) of what is stored in INT8 or INT4: of
+            outputs, or with ``target="kv"`` of the keys. It is undone when they are read, so all that it moves is the
+            rounding: towards the salient channels. ``"dynamic"`` takes the factors from the very values that are
+            stored (one float32 more a channel), a ``Balance`` has calibrated ones. None (default): none.
         device: ``None``: beside the model. ``"cpu"``: in host memory (pinned where the model runs on CUDA), for video
             models whose cache does not fit on the device: values are copied out and back asynchronously, one piece of
             the model ahead.
@@ -58,6 +65,7 @@ class CacheConfig:
     keep_buffers: bool = False
     lossless: bool = True
     group: int | None = None
+    balance: str | Balance | None = None
 
     def __post_init__(self) -> None:
         self._check("target", self.target, TARGETS)
@@ -82,12 +90,36 @@ class CacheConfig:
                 f"CacheConfig.granularity is {self.granularity!r}, but INT4 has scales per token or (group=32) per "
                 f"group of channels. Use granularity='token'."
             )
+        if self.balance is not None:
+            self._check_balance(self.balance)
         if self.device not in (None, "cpu"):
             raise CacheError(
                 f"CacheConfig.device is {self.device!r}. Use None (beside the model) or 'cpu' (in host memory)."
             )
         if isinstance(self.dtype, tuple) and self.dtype[0] == self.dtype[1]:
             object.__setattr__(self, "dtype", self.dtype[0])  # equal configs are equal, however they were said
+
+    def _check_balance(self, balance: str | Balance) -> None:
+        if balance != DYNAMIC and not isinstance(balance, Balance):
+            raise CacheError(
+                f"CacheConfig.balance is {balance!r}. Use None, {DYNAMIC!r}, or a Balance (Balance.load(file), "
+                f"dqar_fx.calibrate_balance)."
+            )
+        if self.dtypes[0] == "native":
+            raise CacheError(
+                f"CacheConfig.balance is set, and {'keys' if self.target == 'kv' else 'outputs'} are stored in the "
+                f"model's own dtype: there is no rounding to balance. Use dtype='int8' or 'int4', or leave it out."
+            )
+        if self.granularity == "channel":
+            raise CacheError(
+                "CacheConfig.balance is set, and granularity is 'channel': where each channel has a scale of its own, "
+                "none can spoil another's. Use granularity='token', or leave the balance out."
+            )
+        if isinstance(balance, Balance) and balance.target != self.target:
+            raise CacheError(
+                f"CacheConfig.balance was calibrated for target={balance.target!r}, and target is {self.target!r}. "
+                f"Calibrate it for this target."
+            )
 
     @staticmethod
     def _check(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -108,13 +140,22 @@ class CacheConfig:
 
     @classmethod
     def parse(cls, text: str) -> CacheConfig:
-        """``[kv:]DTYPE[/DTYPE][:GRANULARITY][@cpu]``, as on a command line.
+        """``[kv:]DTYPE[/DTYPE][:GRANULARITY][+balance[=FILE]][@cpu]``, as on a command line.
 
         ``"int8"``, ``"native"`` or ``"int8:channel"`` store outputs; ``"kv:int8"``, ``"kv:native/int8:token"`` (keys
         / values) or ``"kv"`` (INT8 per token) store keys and values; ``"int4:group32"`` has a scale for 32 channels;
+        ``"int8+balance"`` is balanced dynamically, ``"int8+balance=FILE"`` with the calibrated factors in that file;
         with ``"@cpu"`` in host memory.
         """
-        layout, _, device = text.partition("@")
+        layout, balanced, rest = text.partition("+balance")
+        balance: str | Balance | None = None
+        if balanced:
+            file, _, device = rest.rpartition("@") if rest.endswith("@cpu") else (rest, "", "")
+            if file and (file[0] != "=" or file == "="):
+                raise CacheError(f"{text!r} says {rest!r} behind +balance. Use +balance or +balance=FILE, then @cpu.")
+            balance = Balance.load(file[1:]) if file else DYNAMIC
+        else:
+            layout, _, device = text.partition("@")
         target, _, rest = layout.partition(":")
         if target == "kv":
             layout = rest or "int8"
@@ -126,7 +167,7 @@ class CacheConfig:
         group = None
         if granularity.startswith("group") and granularity[5:].isdecimal():
             granularity, group = "token", int(granularity[5:])
-        return cls(target, dtype, granularity or "token", device or None, group=group)
+        return cls(target, dtype, granularity or "token", device or None, group=group, balance=balance)
 
     def __str__(self) -> str:
         layout = "/".join(self.dtype) if isinstance(self.dtype, tuple) else self.dtype
@@ -134,4 +175,7 @@ class CacheConfig:
             layout += f":{self.granularity}" if self.group is None else f":group{self.group}"
         if self.target != "output":
             layout = f"{self.target}:{layout}"
+        if self.balance is not None:
+            file = self.balance.file or "(calibrated)" if isinstance(self.balance, Balance) else ""
+            layout += f"+balance={file}" if file else "+balance"
         return f"{layout}@{self.device}" if self.device else layout

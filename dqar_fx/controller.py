@@ -182,7 +182,7 @@ class Controller:
 
     Raises:
         ScheduleError, PlanError: the schedule or plan does not fit these numbers.
-        CacheError: ``cache`` has a dtype each for keys and values.
+        CacheError: ``cache`` has a dtype each for keys and values, or a balance.
     """
 
     def __init__(
@@ -198,6 +198,10 @@ class Controller:
             raise CacheError(
                 f"CacheConfig.dtype is {cache.dtype}, a pair for keys and values, but a controller stores what it is "
                 f"given, all of it alike. Use one dtype."
+            )
+        if cache.balance is not None:
+            raise CacheError(
+                "CacheConfig.balance is set, but a controller does not know whose channels it stores. Leave it out."
             )
         self.plan = schedule.plan(num_sites, num_steps)
         self.gates = gates

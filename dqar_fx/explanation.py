@@ -204,6 +204,22 @@ def find_model(name: str, config: Mapping[str, Any]) -> Callable[[], nn.Module]:
     Raises:
         CaptureError: there is no such model, or its config cannot be read; the message names near ones.
     """
+    kind, own = _read_class(name)
+    merged = {**own, **config}
+    return lambda: _from_config(kind, merged)
+
+
+def read_class(name: str) -> Any:
+    """The diffusers class of the model that ``name`` stands for, see ``find_model``.
+
+    Raises:
+        CaptureError: as ``find_model``.
+    """
+    return _read_class(name)[0]
+
+
+def _read_class(name: str) -> tuple[Any, dict[str, Any]]:
+    """The class of a model, and its config."""
     import diffusers
 
     path = Path(name).expanduser()
@@ -229,8 +245,7 @@ def find_model(name: str, config: Mapping[str, Any]) -> Callable[[], nn.Module]:
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
         what = f"{class_name!r} is no model class of diffusers" if class_name else "its config names no class"
         raise CaptureError(f"{name}: {what}{_near(class_name or name)}")
-    merged = {**own, **config}
-    return lambda: _from_config(kind, merged)
+    return kind, own
 
 
 def _from_config(kind: Any, config: Mapping[str, Any]) -> nn.Module:

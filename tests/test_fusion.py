@@ -14,7 +14,7 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.graph import GraphLowering
 
 import dqar_fx
-from dqar_fx import CacheConfig, Schedule
+from dqar_fx import Balance, CacheConfig, Schedule
 
 #: Step 0 computes, step 1 computes and stores, step 2 reuses.
 SCHEDULE = Schedule.custom(5, lambda t, s, T, S: t in (2, 3))
@@ -95,3 +95,26 @@ def test_keys_and_values_are_stored_by_small_kernels_and_read_by_one(dtype: str)
     assert store == {**compute, "fused": compute["fused"] + 3}
     # The projections of keys and values are gone; queries, attention and out-projection stay.
     assert reuse == {**compute, "gemm": compute["gemm"] - 2, "fused": compute["fused"] + (dtype == "int8")}
+
+
+def calibrated(target: str) -> CacheConfig:
+    shape, fill = ((1, 1, 384), 0.3) if target == "output" else ((1, 6, 1, 64), 2.0)
+    names = [f"transformer_blocks.{i}.attn1/0" for i in range(2)]
+    return CacheConfig(target, balance=Balance(target, {name: torch.full(shape, fill) for name in names}, 1))
+
+
+@pytest.mark.parametrize("target", ["output", "kv"])
+def test_calibrated_balancing_adds_no_kernel(target: str) -> None:
+    model = DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=2, sample_size=32,
+        patch_size=2, num_embeds_ada_norm=10,
+    ).eval()  # fmt: skip
+    dqar_fx.optimize(model, Schedule.always(5), cache=calibrated(target), fullgraph=True)
+    _prologue, _first, store, _epilogue = map(calls, generated(model, step=0))
+    _first, reuse = map(calls, generated(model, step=1))
+
+    # As without (see above): the factors are multiplied in where values are rounded, and out where they are read; the
+    # queries are scaled by the kernel that reads the keys.
+    keys = target == "kv"
+    assert store == {"fused": 8 if keys else 5, "gemm": 9, "attention": 1, "other": 0}
+    assert reuse == {"fused": 6 if keys else 4, "gemm": 7 if keys else 5, "attention": int(keys), "other": 0}

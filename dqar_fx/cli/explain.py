@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default=DTYPES[0], help="what the model computes in (default: bfloat16)"
     )
+    parser.add_argument(
+        "--calibrate", action="store_true",
+        help="run the model with its own weights, and show what balancing channels (--cache int8+balance) does to the "
+        "error of what is stored",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save-balance", type=Path, metavar="FILE", help="with --calibrate: write the balance, for int8+balance=FILE"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same numbers there")
 
 
@@ -51,25 +59,38 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from dqar_fx.cli.models import parse_schedule
+    from dqar_fx.balance_explanation import explain_balance, require_weights
+    from dqar_fx.cli.models import CommandError, parse_schedule
     from dqar_fx.config import CacheConfig
     from dqar_fx.explanation import explain, read_config
 
+    if args.save_balance and not args.calibrate:
+        raise CommandError("--save-balance is what --calibrate finds: give both.")
+    if args.calibrate and args.config:
+        raise CommandError("--calibrate runs the model's own weights, which --config would no longer fit: give one.")
+    if args.calibrate:
+        require_weights(args.model)
+    cache, dtype = CacheConfig.parse(args.cache), getattr(torch, args.dtype)
+    sizes = {
+        "batch": args.batch,
+        "height": args.height or args.size,
+        "width": args.width or args.size,
+        "frames": args.frames,
+        "text_tokens": args.text_tokens,
+    }
     found = explain(
         args.model,
         parse_schedule(args.schedule, args.steps),
-        CacheConfig.parse(args.cache),
+        cache,
         config=read_config(args.config) if args.config else None,
         patterns=args.sites,
-        dtype=getattr(torch, args.dtype),
-        sizes={
-            "batch": args.batch,
-            "height": args.height or args.size,
-            "width": args.width or args.size,
-            "frames": args.frames,
-            "text_tokens": args.text_tokens,
-        },
+        dtype=dtype,
+        sizes=sizes,
     )
+    if args.calibrate:
+        found["balance"], balance = explain_balance(args.model, cache, dtype=dtype, sizes=sizes)
+        if args.save_balance:
+            balance.save(args.save_balance)
     sys.stdout.write(render(found) + "\n")
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -120,4 +141,43 @@ def render(found: Mapping[str, Any]) -> str:
     if found["uncounted"]:
         lines.append(f"not in the count of FLOP: {'; '.join(found['uncounted'])}")
     lines += [f"note: {text}" for text in found["advice"]]
+    if "balance" in found:
+        lines += ["", *_render_balance(found["balance"])]
     return "\n".join(lines)
+
+
+def _render_balance(found: Mapping[str, Any]) -> list[str]:
+    """Two tables: each site as the cache is configured, and all sites for every layout."""
+    from tabulate import tabulate
+
+    keys = found["of"] == "keys"
+    modes, shown = found["modes"], ("value", "attention") if keys else ("value",)
+    headers = [f"{mode}{': attention' if what == 'attention' else ''}" for what in shown for mode in modes]
+
+    def row(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+        by = {(entry["of"], entry["mode"]): entry for entry in entries}
+        return [_error(by.get((what, mode))) for what in shown for mode in modes]
+
+    lines = [
+        f"balancing the channels of {found['of']}: relative error of what is read back (signal to noise in dB)",
+        f"{found['calls']} calls to calibrate, and as many with other noise to measure",
+        f"run with {found['inputs']}",
+    ]
+    own = [entry for entry in found["sites"] if entry["cache"] == found["cache"]]
+    if own:
+        sites = list(dict.fromkeys(entry["site"] for entry in own))
+        rows = [[site or "?", *row([e for e in own if e["site"] == site])] for site in sites]
+        lines += ["", tabulate(rows, headers=[found["cache"], *headers], disable_numparse=True)]
+    rows = [[text, *row([e for e in found["total"] if e["cache"] == text])] for text in found["compared"]]
+    lines += ["", tabulate(rows, headers=["all sites", *headers], disable_numparse=True)]
+    if keys:
+        lines.append("attention: what the attention gives for its own queries and exact values.")
+    lines += [f"not balanced: {site or '?'}" for site in found["unbalanced"]]
+    return lines
+
+
+def _error(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "-"
+    decibels = "" if entry["sqnr_db"] is None else f" ({entry['sqnr_db']:.1f})"
+    return f"{entry['relative_error']:.3%}{decibels}"

@@ -81,6 +81,19 @@ def attend_over(node: fx.Node, key: fx.Node, value: fx.Node) -> None:
     node.args, node.kwargs = tuple(args), kwargs
 
 
+def query_of(node: fx.Node) -> fx.Node | None:
+    """The queries of a fused attention."""
+    return _tensor(node, 0, "query")
+
+
+def attend_with(node: fx.Node, query: fx.Node) -> None:
+    """Hand other queries to a fused attention; keys and values that are the same tensor stay."""
+    if node.args:
+        node.args = (query, *node.args[1:])
+    else:
+        node.kwargs = {**node.kwargs, "query" if "query" in node.kwargs else "q": query}
+
+
 def dropout_probability(node: fx.Node) -> float:
     """With which probability a fused attention drops weights at this call; 0 where it does not, or does not say."""
     if target_name(node).startswith("scaled_dot_product_attention"):

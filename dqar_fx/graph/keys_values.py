@@ -10,6 +10,7 @@ times.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -24,7 +25,15 @@ from dqar_fx.graph.sites import Region, find_sites
 def find_stored(gm: fx.GraphModule, target: str) -> list[Region]:
     """The sites of a Dynamo graph, for what is to be stored: ``"output"`` (as ``find_sites``) or ``"kv"``."""
     regions = find_sites(gm)
-    return regions if target == "output" else _keys_and_values(gm, regions)
+    if target == "kv":
+        regions = _keys_and_values(gm, regions)
+    seen: Counter[str] = Counter()
+    named = []
+    for region in regions:
+        path, number = region.site.path, seen[region.site.path]
+        seen[path] += 1
+        named.append(replace(region, key=f"{path}#{number + 1}" if number else path))
+    return named
 
 
 def _keys_and_values(gm: fx.GraphModule, regions: list[Region]) -> list[Region]:

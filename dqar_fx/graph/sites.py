@@ -73,6 +73,7 @@ class Region:
     ``roles`` say of each exit whether it is the attention's ``"key"``, its ``"value"`` or ``"both"``: then only what
     the attention reads is routed (see ``keys_values``). Empty where the exits are what leaves the attention.
     ``inputs`` are the conditioning inputs of the graph that a lossless site's value follows from.
+    ``key`` tells the site from all others of the graph: its path, with a number where several share one.
     """
 
     site: Site
@@ -83,6 +84,7 @@ class Region:
     sizes: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
+    key: str = ""
 
 
 def find_sites(gm: fx.GraphModule) -> list[Region]:

@@ -12,8 +12,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from dqar_fx.config import CacheConfig
-from dqar_fx.graph.attentions import is_attention
+from dqar_fx.balance import fold_into_query, key_factors, output_factors, query_salience, salience
+from dqar_fx.config import DYNAMIC, CacheConfig
+from dqar_fx.graph.attentions import attend_with, is_attention, query_of
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.effects import eliminate_dead_code, storages, written
 from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_nodes, guard_number
@@ -32,13 +33,16 @@ class Outcome(Enum):
 
 #: The outcomes that write what is stored.
 STORING = frozenset((Outcome.STORE, Outcome.MEASURE))
+#: ``ExitLayout.balance`` with factors that are there before the first store.
+GIVEN = "given"
 #: In place of an exit: the row of what was measured (see ``measure``).
 MEASUREMENTS = -1
 
 
 @dataclass(frozen=True, slots=True)
 class BufferUse:
-    """A stored tensor that a variant reads or writes: guard (within the piece), exit, part (0: values, 1: scales).
+    """A stored tensor that a variant reads or writes: guard (within the piece), exit, part (0: values, 1: scales, 2:
+    balancing factors).
 
     Exit ``MEASUREMENTS`` is the guard's row.
     """
@@ -78,11 +82,52 @@ class ExitLayout:
     late_size: bool = False  # how large it is, is known only when it was computed
     size: int = 0  # of the last dimension, where two values are packed into a byte; 0 where they are not
     group: int = 0  # ... of which so many share a scale
+    #: Channel-wise salience balancing: "", "dynamic" (factors are found, and stored, with the values) or "given".
+    balance: str = ""
+    of_keys: bool = False  # ... of keys, each of whose heads meets so many of the queries:
+    groups: int = 1
 
     @property
     def parts(self) -> int:
-        """How many tensors are stored: the values, and the scales if there are any."""
-        return 2 if self.granularity else 1
+        """How many tensors are stored: the values, the scales if there are any, and the balancing factors if any."""
+        return (2 if self.granularity else 1) + bool(self.balance)
+
+    @property
+    def written(self) -> int:
+        """How many of them a store writes, the first ones; calibrated factors are there before it."""
+        return 2 if self.balance == GIVEN else self.parts
+
+    def pack(self, x: torch.Tensor, *beside: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is stored of ``x``: itself, or values and scales and, where they are found with them, factors.
+
+        ``beside``: where it is balanced, the given factors; for dynamic ones of keys, the queries.
+        """
+        factors: tuple[torch.Tensor, ...] = beside
+        if self.balance == DYNAMIC and self.of_keys:
+            factors = (key_factors(salience(x, -2), query_salience(beside[0], self.groups)),)
+        elif self.balance == DYNAMIC:
+            factors = (output_factors(salience(x, -2)),)
+        if self.balance:
+            x = x.float() * factors[0]
+        if not self.granularity:
+            return (x,)
+        found = factors if self.balance == DYNAMIC else ()
+        if self.size:
+            return (*pack_over(x, self.size, self.group), *found)
+        dims = reduced_dims(self.ndim, self.granularity, self.num_heads)
+        return (*quantize_over(x, dims, self.num_heads), *found)
+
+    def unpack(
+        self, q: torch.Tensor, scale: torch.Tensor, *factors: torch.Tensor, folded: bool = False
+    ) -> torch.Tensor:
+        """What was quantised, as it was; ``folded``: still balanced, for somebody who undoes it in the queries."""
+        undone = bool(self.balance) and not folded
+        dtype = torch.float32 if undone else self.dtype
+        if self.size:
+            x = unpack_from(q, scale, dtype, self.size, self.group)
+        else:
+            x = dequantize_from(q, scale, dtype, self.num_heads)
+        return (x / factors[0]).to(self.dtype) if undone else x
 
 
 def exit_layout(
@@ -178,10 +223,12 @@ def specialise(
             with graph.inserting_before(anchor):
                 if outcome is Outcome.REUSE:
                     value = _read(graph, buffers, layout, item not in attended and _written_later(item, graph))
+                    if item is not None and layout.balance and layout.of_keys:
+                        _fold(graph, item, buffers[2], layout)
                 else:
                     value = fresh
                     if outcome in STORING:
-                        parts_of = _quantised(graph, fresh, layout)
+                        parts_of = _quantised(graph, fresh, layout, _beside(layout, buffers, item))
                         for part, part_value in enumerate(parts_of):
                             if layout.late_size:
                                 found[BufferUse(number, index, part)] = graph.call_method("clone", (part_value,))
@@ -231,7 +278,7 @@ def _measure(
     exits = [cast(fx.Node, guard.args[1 + i]) for i in range(len(layouts)) if stored[i]]
     if "change" in measures and exits:
         with graph.inserting_before(guard):
-            before = [_read(graph, stored[i], layout, private=False) for i, layout in enumerate(layouts) if stored[i]]
+            before = [_read_back(graph, stored[i], layout) for i, layout in enumerate(layouts) if stored[i]]
             parts.append(graph.call_function(change_of, (exits, before, _share_batch(attentions, exits))))
     if not parts:
         return
@@ -267,39 +314,58 @@ def _buffer(graph: fx.Graph, number: int) -> fx.Node:
 
 
 def _read(graph: fx.Graph, buffers: list[fx.Node], layout: ExitLayout, private: bool) -> fx.Node:
+    """What a reuse step hands on: of balanced keys, what the queries of ``_fold`` go with."""
     if layout.granularity:
 
-        def read(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-            if layout.size:
-                return unpack_from(q, scale, layout.dtype, layout.size, layout.group)
-            return dequantize_from(q, scale, layout.dtype, layout.num_heads)
+        def read(*parts: torch.Tensor) -> torch.Tensor:
+            return layout.unpack(*parts, folded=layout.of_keys)
 
-        return _inline(graph, read, buffers)[0]
+        return _traced(graph, read, buffers[:2] if layout.of_keys else buffers)[0]
     # Somebody writes into what they are handed: give them a copy, or they would write into the store.
     return graph.call_method("clone", (buffers[0],)) if private else buffers[0]
 
 
-def _quantised(graph: fx.Graph, fresh: fx.Node, layout: ExitLayout) -> list[fx.Node]:
+def _read_back(graph: fx.Graph, buffers: list[fx.Node], layout: ExitLayout) -> fx.Node:
+    """What was stored, to be compared with what is computed now."""
+    return _traced(graph, layout.unpack, buffers)[0] if layout.granularity else buffers[0]
+
+
+def _fold(graph: fx.Graph, item: fx.Node, factors: fx.Node, layout: ExitLayout) -> None:
+    """Undo the balancing of the keys ``item`` in the queries of the attention that reads them."""
+    for attention in list(item.users):
+        query = query_of(attention)
+        assert query is not None  # keys of other operators are not balanced
+
+        def fold(query: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+            return fold_into_query(query, factors, layout.groups)
+
+        attend_with(attention, _traced(graph, fold, [query, factors])[0])
+
+
+def _beside(layout: ExitLayout, buffers: list[fx.Node], item: fx.Node | None) -> list[fx.Node]:
+    """What ``ExitLayout.pack`` is given beside the value."""
+    if layout.balance == GIVEN:
+        return [buffers[2]]
+    if layout.balance and layout.of_keys:
+        assert item is not None  # the attention behind the guard is in this piece, or the keys would not be balanced
+        return [cast(fx.Node, query_of(next(iter(item.users))))]
+    return []
+
+
+def _quantised(graph: fx.Graph, fresh: fx.Node, layout: ExitLayout, beside: list[fx.Node]) -> list[fx.Node]:
     """What is stored of ``fresh``: itself, or values and scales."""
-    if not layout.granularity:
-        return [fresh]
-
-    def quantise(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if layout.size:
-            return pack_over(x, layout.size, layout.group)
-        dims = reduced_dims(layout.ndim, layout.granularity, layout.num_heads)
-        return quantize_over(x, dims, layout.num_heads)
-
-    return _inline(graph, quantise, [fresh])
+    return _traced(graph, layout.pack, [fresh, *beside]) if layout.granularity else [fresh]
 
 
-def _inline(graph: fx.Graph, function: Callable[..., object], arguments: Sequence[fx.Node]) -> list[fx.Node]:
+def _traced(graph: fx.Graph, function: Callable[..., object], arguments: Sequence[fx.Node]) -> list[fx.Node]:
     """Trace ``function`` and copy its nodes to the insertion point; returns its result(s)."""
-    traced = fx.Tracer().trace(function)
-    given = iter(arguments)
-    mapping = {n: next(given) for n in traced.nodes if n.op == "placeholder"}
-    result = graph.graph_copy(traced, mapping)
-    return cast(list[fx.Node], list(result) if isinstance(result, (tuple, list)) else [result])
+    traced = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(traced)
+    mapping = {traced.placeholder(f"argument_{i}"): given for i, given in enumerate(arguments)}
+    result = function(*(fx.Proxy(node, tracer) for node in mapping))
+    results = cast(tuple[fx.Proxy, ...], result if isinstance(result, tuple) else (result,))
+    traced.output(tuple(proxy.node for proxy in results))
+    return list(cast(tuple[fx.Node, ...], graph.graph_copy(traced, mapping)))
 
 
 def _written_later(item: fx.Node | None, graph: fx.Graph) -> bool:

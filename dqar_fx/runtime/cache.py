@@ -30,9 +30,12 @@ class ExitSpec:
     device: torch.device
     layout: ExitLayout
     on_host: bool = False
+    factors: torch.Tensor | None = field(default=None, compare=False)  # calibrated
 
     def allocate(self) -> tuple[torch.Tensor, ...]:
         """New buffers: ``(values,)``, ``(int8 values [shape], float32 scales)``, or the same in bytes of two values.
+
+        Where the exit is balanced, its factors follow: room for them, or the calibrated ones.
 
         On the device of the exit, or in host memory (``on_host``), pinned where the exit is on CUDA. The strides of the
         exit are kept, so that a value read back is laid out like a fresh one. Never inference tensors: one and the same
@@ -50,7 +53,12 @@ class ExitSpec:
             shape = scale_shape(self.shape, layout.granularity, layout.num_heads)
             if size:
                 shape = (*shape[:-1], -(-size // layout.group))
-            return values, torch.empty(shape, dtype=torch.float32, device=device, pin_memory=pinned)
+            scales = torch.empty(shape, dtype=torch.float32, device=device, pin_memory=pinned)
+            if not layout.balance:
+                return values, scales
+            shape = scale_shape(self.shape, "channel") if self.factors is None else self.factors.shape
+            factors = torch.empty(shape, dtype=torch.float32, device=device, pin_memory=pinned)
+            return values, scales, factors if self.factors is None else factors.copy_(self.factors)
 
 
 def _packed(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

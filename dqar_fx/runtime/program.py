@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from dqar_fx.config import CacheConfig
+from dqar_fx.graph.balancing import settle_balance
 from dqar_fx.graph.capture import is_parameter, lift_constants, source_name, unwrap_scalars
 from dqar_fx.graph.effects import has_late_size, must_keep, storages, written
 from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_sites
@@ -141,9 +142,9 @@ class CapturedGraph:
         self._programs: dict[tuple[Outcomes, _Modes], Program] = {}
         self._steps: dict[Hashable, _Step] = {}
         nodes = {n.name: n for n in gm.graph.nodes}
-        exact = replace(cache, dtype="native", group=None)  # INT8 would lose what a lossless site is for
+        exact = replace(cache, dtype="native", group=None, balance=None)  # INT8 would lose what a lossless site is for
         self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
-        self.layouts: list[list[ExitLayout]] = [
+        layouts = [
             [
                 exit_layout(value, exact if region.site.lossless else cache, region.site.heads, region.batch, role)
                 for value, role in zip(exits, region.roles or [""] * len(exits), strict=True)
@@ -173,6 +174,11 @@ class CapturedGraph:
         self.measurable = frozenset(
             piece.sites[n.meta[ATTENTION]] for piece in self.pieces for n in piece.gm.graph.nodes if ATTENTION in n.meta
         )
+        balanced = settle_balance(gm, regions, layouts, cache, self.measurable)
+        self.layouts: list[list[ExitLayout]] = balanced.layouts
+        self._factors = balanced.factors
+        #: The sites that should be balanced (``CacheConfig.balance``) and are not, each with the reason.
+        self.unbalanced = balanced.reasons
         self._entropy_bounds = [_entropy_bound([nodes[name] for name in region.attentions]) for region in regions]
         self._place()
 
@@ -236,8 +242,11 @@ class CapturedGraph:
                 if isinstance(size, int)
             }
             specs = self._specs[sizes] = [
-                [exit_spec(value, layout, values, self._on_host) for value, layout in zip(exits, layouts, strict=True)]
-                for exits, layouts in zip(self._exits, self.layouts, strict=True)
+                [
+                    exit_spec(value, layout, values, self._on_host, self._factors.get((site, index)))
+                    for index, (value, layout) in enumerate(zip(exits, layouts, strict=True))
+                ]
+                for site, (exits, layouts) in enumerate(zip(self._exits, self.layouts, strict=True))
             ]
         return specs
 
@@ -355,13 +364,17 @@ class CapturedGraph:
         arguments = (*(self._register[name] for name in names), *(self._stored[use] for use in uses))
         results = (*(self._register[piece.outputs[i]] for i in variant.outputs), *(self._found[use] for use in found))
         outcome = dict(zip(piece.sites, mine, strict=True))
+        read = [
+            outcome[site] is Outcome.REUSE or (index != MEASUREMENTS and part >= self.layouts[site][index].written)
+            for site, index, part in uses
+        ]
         return _Step(
             variant,
             arguments,
             results,
             tuple(symbolic),
             tuple((self._found[use], *use) for use in found),
-            tuple(Transfer(self._stored[use], *use, outcome[use[0]] is Outcome.REUSE) for use in uses),
+            tuple(Transfer(self._stored[use], *use, reads) for use, reads in zip(uses, read, strict=True)),
             _getter(arguments),
         )
 

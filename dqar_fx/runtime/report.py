@@ -99,6 +99,7 @@ class Report:
     uncompiled: int
     gates: str = ""
     unmeasured: tuple[str, ...] = ()
+    unbalanced: tuple[tuple[str, str], ...] = ()  # (path, reason)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as numbers, strings, lists and dicts."""
@@ -131,6 +132,7 @@ class Report:
                 if reason != "reuse"
             },
             "unmeasured": list(self.unmeasured),
+            "unbalanced": [{"path": path, "reason": reason} for path, reason in self.unbalanced],
             "planned_reuse_ratio": self.plan.reuse_ratio if self.plan is not None else None,
             "num_steps": self.plan.num_steps if self.plan is not None else None,
             "sites": sites,
@@ -185,6 +187,7 @@ class Report:
         headers = ["site", "path", "kind", "exits", "shape", "planned", "reused", "cache KiB"]
         lines = [*head, tabulate(rows, headers=headers)]
         lines += [f"left computing: {s['path'] or '?'} ({s['kind']}): {s['reason']}" for s in data["left_computing"]]
+        lines += [f"not balanced: {path or '?'}: {reason}" for path, reason in self.unbalanced]
         if self.repeats:
             lines.append(
                 f"{self.repeats} calls came at a step that had been called already, and computed: if these are the "

@@ -248,6 +248,9 @@ class Runtime:
             uncompiled=self.lowerer.uncompiled,
             gates=str(self._gating) if self._gating is not None else "",
             unmeasured=self._unmeasured(),
+            unbalanced=tuple(
+                (graph.regions[site].site.path, why) for graph in self.graphs for site, why in graph.unbalanced.items()
+            ),
         )
 
     def _unmeasured(self) -> tuple[str, ...]:

@@ -14,17 +14,24 @@ from dqar_fx.graph.specialise import ExitLayout
 from dqar_fx.runtime.cache import ExitSpec, is_apart
 
 
-def exit_spec(value: torch.Tensor, layout: ExitLayout, sizes: dict[str, int], on_host: bool) -> ExitSpec:
+def exit_spec(
+    value: torch.Tensor,
+    layout: ExitLayout,
+    sizes: dict[str, int],
+    on_host: bool,
+    factors: torch.Tensor | None = None,
+) -> ExitSpec:
     """What to allocate for an exit that was captured as ``value``, where the sizes of the inputs are ``sizes``.
 
-    ``on_host``: in host memory, if the exit is not there anyway.
+    ``on_host``: in host memory, if the exit is not there anyway. ``factors``: its calibrated balance.
     """
     on_host = on_host and is_apart(value.device)
     if layout.late_size:
         return ExitSpec((0,) * value.ndim, (1,) * value.ndim, value.device, layout, on_host)  # see Program.keep
     shape = tuple(_resolve(s, sizes) for s in value.shape)
     stride = tuple(_resolve(s, sizes) for s in value.stride())
-    return ExitSpec(shape, stride if _is_dense(shape, stride) else _contiguous(shape), value.device, layout, on_host)
+    stride = stride if _is_dense(shape, stride) else _contiguous(shape)
+    return ExitSpec(shape, stride, value.device, layout, on_host, factors)
 
 
 def symbols_of(nodes: Iterable[fx.Node]) -> set[str]:
