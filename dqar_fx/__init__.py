@@ -19,7 +19,7 @@ from dqar_fx.errors import (
     RuntimeStateError,
     ScheduleError,
 )
-from dqar_fx.gates import ChangeGate, EntropyGate, Gates, SnrGate
+from dqar_fx.gates import ChangeGate, CrossBranch, EntropyGate, Gates, SnrGate
 from dqar_fx.graph.sites import Site
 from dqar_fx.optimize import optimize, restore, runtime
 from dqar_fx.plan import Plan
@@ -36,6 +36,7 @@ __all__ = [
     "CaptureError",
     "ChangeGate",
     "Controller",
+    "CrossBranch",
     "DqarError",
     "EntropyGate",
     "GateError",

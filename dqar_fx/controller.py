@@ -183,6 +183,7 @@ class Controller:
     Raises:
         ScheduleError, PlanError: the schedule or plan does not fit these numbers.
         CacheError: ``cache`` has a dtype each for keys and values.
+        GateError: the gates are to share between branches.
     """
 
     def __init__(
@@ -198,6 +199,11 @@ class Controller:
             raise CacheError(
                 f"CacheConfig.dtype is {cache.dtype}, a pair for keys and values, but a controller stores what it is "
                 f"given, all of it alike. Use one dtype."
+            )
+        if gates is not None and gates.cross_branch is not None:
+            raise GateError(
+                f"Gates.cross_branch is {gates.cross_branch}, but a controller shares nothing between branches. Leave "
+                f"it out, or use dqar_fx.optimize."
             )
         self.plan = schedule.plan(num_sites, num_steps)
         self.gates = gates
