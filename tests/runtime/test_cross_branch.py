@@ -318,7 +318,7 @@ def test_a_step_without_the_second_branch_leaves_it_nothing_to_read() -> None:
         return PAIR if step != 7 else ("cond",)
 
     found, runtime = run(sharing(), order=order)
-    # At 8 it would read what it took at 4, which "cond" has overwritten since.
+    # At 8 the plan asks for a value of step 7, and it has none.
     assert reasons(runtime, "uncond")[4:9] == ["shared", "reuse", "reuse", "stale", "reuse"]
     assert_replayed(found, runtime, order=order)
 
