@@ -749,3 +749,22 @@ def test_compiled_it_shares_as_well_and_compiles_nothing_anew() -> None:
     assert runtime.stats.shared == 2 * 2
     assert [m.difference for m in runtime.stats.measurements] == pytest.approx([1.0, 1.0])  # |8 - 0| / |8| at step 0
     assert (runtime.stats.captures, runtime.stats.graph_breaks, runtime.stats.variants) == (1, 0, pieces)
+
+
+@pytest.mark.parametrize("same_latents", [False, True])
+def test_a_call_of_another_run_between_the_two_of_a_step_lends_nothing(same_latents: bool) -> None:
+    model, runtime = named()
+    runtime.reset()
+    mine, others = ([torch.tensor([[n, b * float(BASE)]]) for b in range(2)] for n in (1.0, 2.0))
+    with torch.no_grad():
+        for step in range(3):
+            latents = torch.full((1, 2, 4), 100.0 + step)
+            for branch, name in enumerate(PAIR):
+                with runtime.branch(name):
+                    outputs = model(latents, torch.tensor([900.0 - step]), mine[branch])
+                if step == 2 and branch == 0:
+                    with runtime.branch(name):  # of a run that begins here, and is abandoned
+                        theirs = latents if same_latents else torch.full((1, 2, 4), 500.0)
+                        model(theirs, torch.tensor([900.0 - step]), others[branch])
+    assert runtime.stats.shared == 0
+    assert {int(v) for output in outputs for v in output.flatten()} == {100 + 2 + BASE}  # its own
