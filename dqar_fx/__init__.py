@@ -8,11 +8,13 @@ from types import ModuleType
 
 from dqar_fx import metrics
 from dqar_fx.balance import Balance
-from dqar_fx.calibration import calibrate_balance
+from dqar_fx.balance_calibration import calibrate_balance
+from dqar_fx.calibration.calibrate import calibrate
 from dqar_fx.config import CacheConfig
 from dqar_fx.controller import Controller
 from dqar_fx.errors import (
     CacheError,
+    CalibrationError,
     CaptureError,
     DqarError,
     GateError,
@@ -21,7 +23,7 @@ from dqar_fx.errors import (
     RuntimeStateError,
     ScheduleError,
 )
-from dqar_fx.gates import ChangeGate, EntropyGate, Gates, SnrGate
+from dqar_fx.gates import ChangeGate, CrossBranch, EntropyGate, Gates, SnrGate
 from dqar_fx.graph.sites import Site
 from dqar_fx.optimize import optimize, restore, runtime
 from dqar_fx.plan import Plan
@@ -36,9 +38,11 @@ __all__ = [
     "Balance",
     "CacheConfig",
     "CacheError",
+    "CalibrationError",
     "CaptureError",
     "ChangeGate",
     "Controller",
+    "CrossBranch",
     "DqarError",
     "EntropyGate",
     "GateError",
@@ -52,6 +56,7 @@ __all__ = [
     "ScheduleError",
     "Site",
     "SnrGate",
+    "calibrate",
     "calibrate_balance",
     "dequantize",
     "metrics",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dqar_fx.balance import Balance
-from dqar_fx.calibration import MODES, Error, calibrate_balance, decibels, measure_balance
+from dqar_fx.balance_calibration import MODES, Error, calibrate_balance, decibels, measure_balance
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CaptureError
 from dqar_fx.example_inputs import example_inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,25 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dqar_fx.runtime.conditioning import InputReader
 from dqar_fx.runtime.runtime import Runtime
+
+#: How often one model may be captured before Dynamo leaves it eager for good. Its own limit is 8, which a few LoRAs,
+#: each switched on and off, fused and not, exceed; captures cost little where pieces are those compiled before.
+RECOMPILE_LIMIT = 64
+
+
+def isolation() -> dict[str, Any]:
+    """Arguments of ``torch.compile`` under which a model shares nothing with others of its class.
+
+    Dynamo keeps what it compiled per function, and gives up (silently eager) after eight entries: with several models
+    of one class, or one model optimised several times, each needs entries of its own. torch >= 2.13 can do that.
+    """
+    known = inspect.signature(torch.compile).parameters
+    settings: dict[str, Any] = {}
+    if "isolate_recompiles" in known:
+        settings["isolate_recompiles"] = True
+    if "recompile_limit" in known:
+        settings["recompile_limit"] = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    return settings
 
 
 class OptimizedCall:

@@ -183,6 +183,7 @@ class Controller:
     Raises:
         ScheduleError, PlanError: the schedule or plan does not fit these numbers.
         CacheError: ``cache`` has a dtype each for keys and values, or a balance.
+        GateError: the gates are to share between branches.
     """
 
     def __init__(
@@ -202,6 +203,11 @@ class Controller:
         if cache.balance is not None:
             raise CacheError(
                 "CacheConfig.balance is set, but a controller does not know whose channels it stores. Leave it out."
+            )
+        if gates is not None and gates.cross_branch is not None:
+            raise GateError(
+                f"Gates.cross_branch is {gates.cross_branch}, but a controller shares nothing between branches. Leave "
+                f"it out, or use dqar_fx.optimize."
             )
         self.plan = schedule.plan(num_sites, num_steps)
         self.gates = gates

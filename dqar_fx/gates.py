@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from dqar_fx.errors import GateError
 
-__all__ = ["Candidate", "ChangeGate", "EntropyGate", "Gate", "Gates", "Measurement", "SnrGate"]
+__all__ = ["Candidate", "ChangeGate", "CrossBranch", "EntropyGate", "Gate", "Gates", "Measurement", "SnrGate"]
 
 
 def _check_number(name: str, value: object) -> None:
@@ -50,12 +50,17 @@ class Measurement:
         entropy_max: the largest of any sample.
         change: ``|new - stored| / |new|`` of its exits (L2), mean over samples.
         change_max: the largest of any sample.
+        difference: ``|new - other| / |new|`` of its exits (L2), where ``other`` is what another branch of guidance
+            stored at the same step; mean over samples.
+        difference_max: the largest of any sample.
     """
 
     entropy: float = math.nan
     entropy_max: float = math.nan
     change: float = math.nan
     change_max: float = math.nan
+    difference: float = math.nan
+    difference_max: float = math.nan
 
 
 NOTHING = Measurement()
@@ -275,6 +280,45 @@ class ChangeGate:
         return (measured.change_max if self.per_sample else measured.change) <= self.threshold
 
 
+@dataclass(frozen=True, slots=True)
+class CrossBranch:
+    """Lets a branch of guidance take what the branch before it stored at the same step, where the two were alike.
+
+    For guidance in two calls a step (branches "cond" and "uncond"); in one call there is nothing to take. The branch
+    that is called first at a step computes and stores as ever. A later one that would compute takes its value instead,
+    if their relative difference ``|own - other| / |own|`` over all exits was within ``threshold`` when both last
+    computed at one step. Until the next such step it then reads that value wherever the schedule has it reuse: it is
+    its own as much as one that it computed. (DiTFastAttn's sharing across guidance, Yuan et al. 2024, arXiv:2406.08552,
+    by what is measured in the run instead of a calibration before it.)
+
+    Not during the schedule's warm-up, and never what depends on the prompt alone (``Site.lossless``). A schedule that
+    reuses nothing shares from its first steps.
+
+    Args:
+        threshold: 0.05 is a twentieth of the result's own size. INT8 alone makes about 0.01 (digits model, per token).
+        refresh: after so many values taken, the branch computes one, and is measured anew.
+        per_sample: every sample of a batch must be within the threshold, not only their mean.
+
+    Raises:
+        GateError: the threshold is negative or NaN, or ``refresh`` no int of at least 1.
+    """
+
+    threshold: float
+    refresh: int = 8
+    per_sample: bool = False
+
+    def __post_init__(self) -> None:
+        _check_number("CrossBranch.threshold", self.threshold)
+        _check_count("CrossBranch.refresh", self.refresh, 1)
+
+    def __str__(self) -> str:
+        return _short(self)
+
+    def allows(self, measured: Measurement) -> bool:
+        """``difference <= threshold``; not where nothing was measured yet."""
+        return (measured.difference_max if self.per_sample else measured.difference) <= self.threshold
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gates:
     """The gates that a reuse has to pass after the schedule; each that is None is left out.
@@ -286,7 +330,10 @@ class Gates:
         max_age: largest age of a value that is read, in steps (DQAR's ``max_gap``).
         max_reuse: how often a stored value is read before it is computed anew (DQAR: 2, 4 or 6).
         change: on how much the result changed when it was last computed.
-        per_sample: entropy and change must be within their limits for every sample of a batch, not only on average.
+        per_sample: entropy, change and difference must be within their limits for every sample of a batch, not only on
+            average.
+        cross_branch: no gate, but its counterpart: where a branch of guidance would compute, it may take the value of
+            the other one.
 
     In an optimised model a measurement is used one step late: what step ``t`` computed decides from step ``t + 2`` on,
     so that nothing waits for the device. Where nothing is measured yet, the site computes.
@@ -301,9 +348,11 @@ class Gates:
     max_reuse: int | None = None
     change: ChangeGate | None = None
     per_sample: bool = False
+    cross_branch: CrossBranch | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("entropy", EntropyGate), ("snr", SnrGate), ("change", ChangeGate)):
+        kinds = {"entropy": EntropyGate, "snr": SnrGate, "change": ChangeGate, "cross_branch": CrossBranch}
+        for name, kind in kinds.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise GateError(f"Gates.{name} is {value!r}. Give a {kind.__name__}, or None to leave it out.")
@@ -323,6 +372,13 @@ class Gates:
         if self.change is not None and self.change.threshold < math.inf:
             found.append(replace(self.change, per_sample=True) if self.per_sample else self.change)
         return tuple(found)
+
+    @property
+    def sharing(self) -> CrossBranch | None:
+        """``cross_branch`` as it is asked: for every sample, if all are to be."""
+        if self.cross_branch is None or not self.per_sample:
+            return self.cross_branch
+        return replace(self.cross_branch, per_sample=True)
 
     @property
     def asks_for_snr(self) -> bool:

@@ -15,7 +15,7 @@ from dqar_fx import standins
 from dqar_fx.backend import CaptureBackend, make_runtime, runtime_of_compiled
 from dqar_fx.calibration import binding
 from dqar_fx.checks import check_model, check_parts
-from dqar_fx.compiled import OptimizedCall
+from dqar_fx.compiled import OptimizedCall, isolation
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import RuntimeStateError
 from dqar_fx.gates import Gates
@@ -27,10 +27,6 @@ from dqar_fx.runtime.runtime import Runtime
 from dqar_fx.schedule import Schedule
 
 Module = TypeVar("Module", bound=nn.Module)
-
-#: How often one model may be captured before Dynamo leaves it eager for good. Its own limit is 8, which a few LoRAs,
-#: each switched on and off, fused and not, exceed; captures cost little where pieces are those compiled before.
-RECOMPILE_LIMIT = 64
 
 
 def optimize(
@@ -85,14 +81,7 @@ def optimize(
     runtime.state_names = frozenset(
         name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)
     )
-    # Dynamo keeps what it compiled per function, and gives up (silently eager) after eight entries: with several models
-    # of one class, or one model optimised several times, each needs entries of its own. torch >= 2.13 can do that.
-    settings: dict[str, Any] = {"dynamic": dynamic, "fullgraph": fullgraph}
-    known = inspect.signature(torch.compile).parameters
-    if "isolate_recompiles" in known:
-        settings["isolate_recompiles"] = True
-    if "recompile_limit" in known:
-        settings["recompile_limit"] = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    settings = {"dynamic": dynamic, "fullgraph": fullgraph, **isolation()}
     reference = weakref.ref(model)  # Dynamo keeps the backend for as long as it keeps the code
     capture = CaptureBackend(runtime, delimited=True, check=lambda: check_parts(reference()))
     original = model._call_impl

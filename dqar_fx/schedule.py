@@ -26,7 +26,7 @@ __all__ = ["Rule", "Schedule"]
 
 Rule = Callable[[int, int, int, int], bool | np.bool_]  # (step, site, num_steps, num_sites) -> reuse?
 
-PARSEABLE = ("none", "linear", "exponential", "phases", "interval", "always")
+PARSEABLE = ("none", "linear", "exponential", "phases", "interval", "taper", "always")
 # DQAR's own names for two of them, and what they fix.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear_reverse": ("linear", {"deep_first": True}),
@@ -65,6 +65,8 @@ class Schedule:
     refresh: int | None = None
     early_end: float = 0.3
     mid_end: float = 0.7
+    first: float = 8.0
+    last: float = 1.0
     rule: Rule | Plan | None = None  # of a custom schedule; a mask is kept as the Plan that it is
 
     def __post_init__(self) -> None:
@@ -77,6 +79,8 @@ class Schedule:
             set_(self, key, self._share(key, getattr(self, key)))
         if self.early_end > self.mid_end:
             self._refuse("early_end", self.early_end, f"it must not exceed mid_end, {self.mid_end}")
+        for key in ("first", "last"):
+            set_(self, key, self._gap(key, getattr(self, key)))
         if not isinstance(self.deep_first, (bool, np.bool_)):
             self._refuse("deep_first", self.deep_first, "it must be True or False")
         set_(self, "deep_first", bool(self.deep_first))
@@ -170,6 +174,18 @@ class Schedule:
         return cls(name="interval", num_steps=num_steps, refresh=every, warmup=warmup, fraction=fraction)
 
     @classmethod
+    def taper(cls, num_steps: int = 50, *, first: float = 8.0, last: float = 1.0, warmup: float = 0.0) -> Schedule:
+        """Compute seldom at first and ever more often: the gap between computes shrinks from ``first`` to ``last``.
+
+        A step that computes at progress ``p`` is followed by the next one ``first**(1 - p) * last**p`` steps later
+        (rounded, at least 1); all sites reuse in between. ``last`` below 1 lets the end of the run compute throughout.
+        It is what calibration comes to: early errors fade, late ones stay in the image (see ``calibrate``).
+
+        ``first`` and ``last`` are positive numbers of steps.
+        """
+        return cls(name="taper", num_steps=num_steps, first=first, last=last, warmup=warmup)
+
+    @classmethod
     def always(cls, num_steps: int = 50, *, warmup: float = 1) -> Schedule:
         """Compute during the warm-up and never again: the most that can be reused (DQAR's quant_cache_only, 98 %).
 
@@ -195,7 +211,7 @@ class Schedule:
     def parse(cls, text: str) -> Schedule:
         """Read a schedule from a command line: ``"interval"``, ``"interval:every=3,warmup=0.1"``.
 
-        The names are ``none linear exponential phases interval always`` and DQAR's ``linear_reverse`` (linear with
+        The names are ``none linear exponential phases interval taper always``, DQAR's ``linear_reverse`` (linear with
         ``deep_first``) and ``step`` (phases); the keys are the arguments of that constructor, and ``steps`` stands for
         ``num_steps``. A warm-up with a point is a fraction, one without is a number of steps. ``str(schedule)`` is
         text that reads back as an equal schedule.
@@ -255,7 +271,20 @@ class Schedule:
             for step in range(1, schedule.num_steps):
                 reuse[step] &= step - computed < self.refresh
                 computed[~reuse[step]] = step
+        if self.name == "taper":
+            reuse &= schedule._between_computes()[:, None]
         return Plan(reuse, str(schedule))
+
+    def _between_computes(self) -> npt.NDArray[np.bool_]:
+        """Bool ``[T]``: False at the steps that a taper computes, the last one of the warm-up on."""
+        T = self.num_steps
+        warm = int(self._may_reuse(1).argmax()) if self._may_reuse(1).any() else T
+        between, step = np.ones(T, dtype=bool), max(warm - 1, 0)
+        while step < T:
+            between[step] = False
+            p = step / max(T - 1, 1)
+            step += max(1, int(self.first ** (1 - p) * self.last**p + 0.5))
+        return between
 
     def _may_reuse(self, S: int) -> npt.NDArray[np.bool_]:
         """Bool ``[T, S]``: what the rule allows, before any refresh."""
@@ -287,7 +316,7 @@ class Schedule:
                 count = np.where(p < self.early_end, S // 3, np.where(p < self.mid_end, 2 * (S // 3), S))
             case "none":
                 count = np.zeros(T)
-            case _:  # interval, always: all that may reuse at all, from the end of the warm-up on
+            case _:  # interval, taper, always: all that may reuse at all, from the end of the warm-up on
                 count = np.full(T, np.floor(self.fraction * S + FLOOR_GUARD))
         count = np.where(warm, count, 0)
         count[0] = 0  # nothing is stored yet
@@ -332,6 +361,11 @@ class Schedule:
     def _share(self, key: str, value: Any, hint: str = "") -> float:
         if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= float(value) <= 1.0:
             self._refuse(key, value, f"it must be a fraction in [0, 1]{hint}")
+        return float(value)
+
+    def _gap(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
+            self._refuse(key, value, "it must be a positive number of steps")
         return float(value)
 
     def _warmup(self, value: Any) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dqar_fx import ChangeGate, DqarError, EntropyGate, GateError, Gates, SnrGate
+from dqar_fx import ChangeGate, CrossBranch, DqarError, EntropyGate, GateError, Gates, SnrGate
 from dqar_fx.gates import AgeGate, BudgetGate, Candidate, Measurement
 
 NAN = math.nan
@@ -117,6 +117,21 @@ def test_changes_up_to_the_threshold_pass() -> None:
     assert not ChangeGate(0.25, per_sample=True).allows(with_change(0.2, 0.3))
 
 
+def test_branches_share_up_to_the_threshold() -> None:
+    sharing = CrossBranch(0.25)
+    measured = [Measurement(difference=d, difference_max=d) for d in (0.0, 0.25, 0.26, NAN)]
+    assert [sharing.allows(m) for m in measured] == [True, True, False, False]
+    assert not CrossBranch(math.inf).allows(Measurement())
+    uneven = Measurement(difference=0.2, difference_max=0.3)
+    assert sharing.allows(uneven)
+    assert not CrossBranch(0.25, per_sample=True).allows(uneven)
+    assert Gates(cross_branch=sharing).sharing is sharing
+    assert Gates(cross_branch=sharing, per_sample=True).sharing == CrossBranch(0.25, per_sample=True)
+    assert Gates().sharing is None
+    assert Gates(entropy=None, snr=None, cross_branch=sharing).cascade() == ()  # it blocks nothing
+    assert str(sharing) == "CrossBranch(0.25)"
+
+
 class TestGates:
     def test_the_cheap_questions_come_first(self) -> None:
         gates = Gates(max_age=6, max_reuse=2, change=ChangeGate(0.1))
@@ -176,6 +191,10 @@ class TestGates:
         (lambda: Gates(max_reuse=True), r"Gates\.max_reuse is True\. Give"),
         (lambda: Gates(entropy=2.0), r"Gates\.entropy is 2\.0\. Give a EntropyGate"),  # type: ignore[arg-type]
         (lambda: Gates(snr=SnrGate), r"Gates\.snr is <class .*Give a SnrGate"),  # type: ignore[arg-type]
+        (lambda: CrossBranch(-0.1), r"CrossBranch\.threshold is -0\.1\. Give"),
+        (lambda: CrossBranch(NAN), r"CrossBranch\.threshold is nan\. Give"),
+        (lambda: CrossBranch(0.1, refresh=0), r"CrossBranch\.refresh is 0\. Give an int of at least 1"),
+        (lambda: Gates(cross_branch=0.1), r"Gates\.cross_branch is 0\.1\. Give a CrossBranch"),  # type: ignore[arg-type]
         (lambda: Gates(change=0.1), r"Gates\.change is 0\.1\. Give a ChangeGate"),  # type: ignore[arg-type]
     ],
 )

@@ -19,7 +19,7 @@ _SAMPLED = 64  # elements of each weight that the fingerprint reads
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short name for the weights: of names, shapes, and 64 elements of each, spread over it. Reads the device once."""
+    """A short name for the weights: of names, shapes, and 64 elements of each, spread over it."""
     digest = hashlib.sha256()
     taken: list[torch.Tensor] = []
     with torch.no_grad():

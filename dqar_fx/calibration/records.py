@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import zipfile
 from collections.abc import Callable, Mapping
@@ -71,6 +70,6 @@ def write(path: Path, put: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
         put(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -136,9 +136,32 @@ def frontier(
             reuse[:, list(group)] = steps[:, None]
         saved = sum(share * float(steps.mean()) for share, steps in zip(work, chosen, strict=True))
         if reuse.any():
-            reuse[1:, list(exact)] = True
-            found.setdefault(reuse.tobytes(), Candidate(reuse, saved, predict(c, reuse), name))
+            error = predict(c, reuse)
+            reuse[1:, list(exact)] = True  # costs nothing at any age
+            found.setdefault(reuse.tobytes(), Candidate(reuse, saved, error, name))
     return sorted(found.values(), key=lambda candidate: candidate.saved)
+
+
+def between(c: Coefficients, less: Candidate, more: Candidate) -> list[Candidate]:
+    """Plans between two neighbours: ever more sites follow the second one, those first that it costs least."""
+    differing = [int(s) for s in (less.reuse != more.reuse).any(0).nonzero()[0]]
+    exact = np.setdiff1d(np.arange(less.reuse.shape[1]), differing)
+    exact = exact[less.reuse[1:, exact].all(0)]
+    found, reuse = [], less.reuse.copy()
+    for number in range(1, len(differing)):
+        options = []
+        for site in differing:
+            changed = reuse.copy()
+            changed[:, site] = more.reuse[:, site]
+            if (changed != reuse).any():
+                changed[1:, exact] = False
+                error = predict(c, changed)
+                changed[1:, exact] = True
+                options.append((error, site, changed))
+        error, _, reuse = min(options, key=lambda option: option[:2])
+        saved = less.saved + (more.saved - less.saved) * number / len(differing)
+        found.append(Candidate(reuse, saved, error, f"{less.groups}, {number} of {len(differing)} sites further"))
+    return found
 
 
 def _multipliers(costs: Sequence[npt.NDArray[np.float64]], work: Sequence[float]) -> npt.NDArray[np.float64]:

@@ -2,8 +2,8 @@
 
 A sampler is differentiable, and so is what lies around it. Calling ``e`` the error of the final sample, and ``w`` a
 random vector of its shape, ``w . e`` is to first order the sum, over everything that is reused, of ``g . (stored -
-fresh)``, where ``g`` is the gradient of ``w . sample`` by that attention's result. One backward pass gives ``g`` for all
-steps and attentions, and as ``E[(w . e)^2] = |e|^2`` for normal ``w``, a few passes give the error of *any* plan.
+fresh)``, where ``g`` is the gradient of ``w . sample`` by that attention's result. One backward pass gives ``g`` for
+all steps and attentions, and as ``E[(w . e)^2] = |e|^2`` for normal ``w``, a few passes give the error of *any* plan.
 
 The passes are not stored: each model call is run again when the backward pass gets to it, so that memory holds the
 latents of all steps, the activations of one, and the values and gradients of the last ``max_age`` steps.
@@ -101,7 +101,8 @@ class Sweep:
                 raise CalibrationError(
                     f"the sampler cannot be differentiated: {first_line(error)}.{_ADVICE}"
                 ) from error
-        if not isinstance(final, Tensor) or not final.is_floating_point() or not final.ndim:
+        usable: object = final  # whatever it is
+        if not (isinstance(usable, Tensor) and usable.is_floating_point() and usable.ndim):
             raise CalibrationError(
                 f"sample(model, seed) returned {_what(final)}. Return the latents or images as one floating point "
                 f"tensor, samples first; of a pipeline: output_type='latent' (or 'pt'), and its .images."
@@ -143,10 +144,9 @@ class Sweep:
         assert final is not None
         if self._owners is None:
             self._owners = self._find_owners(final)
-        num = len(final) if self._owners is not None and self._separable else 1
+        num = len(final) if self._separable else 1
         table = _Table(num, self.num_steps, self._tapped.num_sites, self._max_age)
         weights = torch.randn(final.shape, generator=generator).to(final)
-        # What a clamp at the end has cut off tells nothing about a sample that lies inside: autograd knows.
 
         def on_backward(call: _Call, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
             visits, back = self._again(call, gradients, through=True)
@@ -186,7 +186,9 @@ class Sweep:
             leaves = [x.clone() if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
             index = last.index + 1 if last is not None and again else 0
             holder: list[_Call] = []
-            flat = _Evaluate.apply(self, (step, index, tuple(leaves), spec), holder, self._anchor, *leaves)
+            flat = _Evaluate.apply(  # type: ignore[no-untyped-call]
+                self, (step, index, tuple(leaves), spec), holder, self._anchor, *leaves
+            )
             self._calls.append(holder[0])
             return pytree.tree_unflatten(list(flat), holder[0].results)
 
@@ -246,8 +248,8 @@ class Sweep:
         back: list[Tensor | None] = [None] * len(call.leaves)
         wanted = [i for i, x in enumerate(call.leaves) if isinstance(x, Tensor) and x.requires_grad]
         if through and wanted and outputs:
-            sources = [tracked[i] for i in wanted]
-            found = torch.autograd.grad(outputs, sources, given, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+            sources = [t for t in (tracked[i] for i in wanted) if t is not None]  # all of them
+            found = torch.autograd.grad(outputs, sources, given, retain_graph=True, allow_unused=True)
             for i, gradient in zip(wanted, found, strict=True):
                 back[i] = gradient
         visitor.cut = True
@@ -307,7 +309,7 @@ class _Evaluate(torch.autograd.Function):
     """A call of the model as one node of autograd's graph; its backward pass runs the model again."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, sweep: Sweep, made: Any, holder: list[_Call], _anchor: Tensor, *_leaves: Any
     ) -> tuple[Any, ...]:
         results = sweep.evaluate(made, holder)
@@ -316,7 +318,7 @@ class _Evaluate(torch.autograd.Function):
         return results
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         return None, None, None, None, *ctx.sweep.backward_of(ctx.call, gradients)
 
 
@@ -362,7 +364,8 @@ class _Looking:
             visit.fresh.append(fresh)
             visit.stored.append(as_stored(fresh, layout))
             visit.gradients.append(None)
-            handed_on.append(_Handed.apply(value, self.anchor, self, visit, number))
+            handed = _Handed.apply(value, self.anchor, self, visit, number)  # type: ignore[no-untyped-call]
+            handed_on.append(handed)
         return tuple(handed_on)
 
 
@@ -370,15 +373,13 @@ class _Handed(torch.autograd.Function):
     """An exit, on its way out; its backward pass notes the gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, value: Tensor, _anchor: Tensor, looking: _Looking, visit: _Visit, number: int
-    ) -> Tensor:
+    def forward(ctx: Any, value: Tensor, _anchor: Tensor, looking: _Looking, visit: _Visit, number: int) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.looking, ctx.visit, ctx.number = looking, visit, number
         return value.clone()  # the model may write into it
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:
         if ctx.looking.cut:
             ctx.visit.gradients[ctx.number] = gradient
             return None, None, None, None, None
@@ -400,8 +401,8 @@ def _touched(value: Tensor, gradient: Tensor | None) -> npt.NDArray[np.bool_]:
 class _Table:
     """The numbers ``c``, as the backward pass goes from the last step to the first.
 
-    At each call the gradient ``g`` and the value ``v`` of a site are there; older values only come later. With ``u`` for
-    a value as it would be read back, ``c[t, age] = g_t . u_(t - age) - g_t . v_t``: the first product is made when the
+    At each call the gradient ``g`` and the value ``v`` of a site are there; older values come later. With ``u`` for a
+    value as it would be read back, ``c[t, age] = g_t . u_(t - age) - g_t . v_t``: the first product is made when the
     pass gets to ``t - age``, from the gradients of the steps after it, which are kept for so long.
     """
 

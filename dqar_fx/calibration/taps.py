@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from dqar_fx.checks import check_parts
+from dqar_fx.compiled import isolation
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.guard import guard_nodes
 from dqar_fx.graph.specialise import ExitLayout
-from dqar_fx.quantize import dequantize_from, pack_over, quantize_over, reduced_dims, unpack_from
 from dqar_fx.runtime.program import CapturedGraph
 from dqar_fx.runtime.runtime import Runtime
 
@@ -40,7 +41,7 @@ class TappedModel:
         #: The graphs of the first call, in the order in which they ran.
         self.graphs: tuple[CapturedGraph, ...] = ()
         self._ran: list[CapturedGraph] = []
-        self._compiled = torch.compile(model._call_impl, backend=self._capture, dynamic=False)
+        self._compiled = torch.compile(model._call_impl, backend=self._capture, dynamic=False, **isolation())
 
     @property
     def num_sites(self) -> int:
@@ -51,7 +52,10 @@ class TappedModel:
         """One call of the model, every site of which is shown to ``visitor``."""
         self._visitor, self._sites, self._ran = visitor, 0, []
         # As ``optimize`` does: sizes that depend on values stay in the graph.
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        settings = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
+        with settings, warnings.catch_warnings():
+            # Dynamo looks at the gradient of every input, and those that are no leaves have none.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             result = self._compiled(*args, **kwargs)
         self._visitor = None
         if not self.graphs:
@@ -91,9 +95,4 @@ def _tap(model: TappedModel, graph: CapturedGraph) -> Callable[..., tuple[Tensor
 
 def as_stored(value: Tensor, layout: ExitLayout) -> Tensor:
     """``value`` as it would be read back from the cache: quantised and dequantised, in its own dtype."""
-    if not layout.granularity:
-        return value
-    if layout.size:
-        return unpack_from(*pack_over(value, layout.size, layout.group), value.dtype, layout.size, layout.group)
-    dims = reduced_dims(layout.ndim, layout.granularity, layout.num_heads)
-    return dequantize_from(*quantize_over(value, dims, layout.num_heads), value.dtype, layout.num_heads)
+    return layout.unpack(*layout.pack(value)) if layout.granularity else value

@@ -17,6 +17,8 @@ from dqar_fx.metrics.entropy import entropy_in_graph
 
 #: How many numbers a row holds.
 ROW = 4
+#: How many there are of how far a site is from another branch of guidance: ``[difference, largest of a sample]``.
+DIFFERENCE_ROW = 2
 _TINY = 1e-30
 
 
@@ -51,8 +53,8 @@ def entropy_of(entropies: Sequence[Tensor]) -> Tensor:
 def change_of(fresh: Sequence[Tensor], stored: Sequence[Tensor], apart: bool) -> Tensor:
     """Second half of a row: ``|fresh - stored| / |fresh|``, L2 over all exits, mean and largest of a sample.
 
-    ``fresh`` and ``stored``: the exits as computed now and as they were stored before. ``apart``: their first dimension
-    is that of the samples; otherwise the whole batch is one.
+    ``fresh`` and ``stored``: the exits as computed now and as they were stored before (or by another branch; that is a
+    row of its own). ``apart``: their first dimension is that of the samples; otherwise the whole batch is one.
     """
     pairs = [(new.float(), old.float()) for new, old in zip(fresh, stored, strict=True)]
     difference = torch.stack([_square(new - old, apart) for new, old in pairs]).sum(0)

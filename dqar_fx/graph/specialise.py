@@ -29,14 +29,30 @@ class Outcome(Enum):
     STORE = "compute+store"
     MEASURE = "compute+store+measure"
     REUSE = "reuse"
+    # The same, and compare with what another branch of guidance has stored at this step.
+    COMPARE = "compute+compare"
+    STORE_COMPARE = "compute+store+compare"
+    MEASURE_COMPARE = "compute+store+measure+compare"
 
 
+#: What an outcome becomes where it compares as well.
+COMPARED = {
+    Outcome.COMPUTE: Outcome.COMPARE,
+    Outcome.STORE: Outcome.STORE_COMPARE,
+    Outcome.MEASURE: Outcome.MEASURE_COMPARE,
+}
+COMPARING = frozenset(COMPARED.values())
+MEASURING = frozenset((Outcome.MEASURE, Outcome.MEASURE_COMPARE))
 #: The outcomes that write what is stored.
-STORING = frozenset((Outcome.STORE, Outcome.MEASURE))
 #: ``ExitLayout.balance`` with factors that are there before the first store.
 GIVEN = "given"
-#: In place of an exit: the row of what was measured (see ``measure``).
-MEASUREMENTS = -1
+STORING = frozenset((Outcome.STORE, Outcome.STORE_COMPARE)) | MEASURING
+#: The outcomes that write anything.
+WRITING = STORING | COMPARING
+#: In place of an exit: the row of what was measured (see ``measure``), and that of how far two branches are apart.
+MEASUREMENTS, DIFFERENCE = -1, -2
+#: Exit ``i`` as another branch has stored it is ``LENT - i``.
+LENT = -3
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +60,7 @@ class BufferUse:
     """A stored tensor that a variant reads or writes: guard (within the piece), exit, part (0: values, 1: scales, 2:
     balancing factors).
 
-    Exit ``MEASUREMENTS`` is the guard's row.
+    Exits ``MEASUREMENTS`` and ``DIFFERENCE`` are the guard's rows, ``LENT - i`` is exit ``i`` of another branch.
     """
 
     guard: int
@@ -183,6 +199,7 @@ def specialise(
     compute::  a = attn(norm(x)); y = x + a
     store::    a = attn(norm(x)); q, s = quantize(a); q_0.copy_(q); s_0.copy_(s); y = x + a
     measure::  as store, and row_0.copy_([entropy of attn, |a - dequantize(q_0, s_0)| / |a|, ...]) before it
+    compare::  as one of these three, and row_0.copy_(|a - dequantize(q_1, s_1)| / |a|), of what another branch stored
     reuse::    y = x + dequantize(q_0, s_0)
 
     A compute step hands on the fresh value, never its quantised copy. Quantise and dequantise are plain operations of
@@ -210,10 +227,20 @@ def specialise(
                 for part in range(layout.parts):
                     stored[index].append(_buffer(graph, len(uses)))
                     uses.append(BufferUse(number, index, part))
-        if outcome is Outcome.MEASURE and measures:
+        if outcome in MEASURING and measures:
             row = _buffer(graph, len(uses))
             uses.append(BufferUse(number, MEASUREMENTS, 0))
             _measure(graph, guard, row, stored, parts, measures)
+        if outcome in COMPARING:
+            row = _buffer(graph, len(uses))
+            uses.append(BufferUse(number, DIFFERENCE, 0))
+            lent: dict[int, list[fx.Node]] = {}
+            for index, layout in enumerate(parts):
+                lent[index] = []
+                for part in range(layout.parts):
+                    lent[index].append(_buffer(graph, len(uses)))
+                    uses.append(BufferUse(number, LENT - index, part))
+            _compare(graph, guard, row, lent, parts)
         for index, layout in enumerate(parts):
             fresh = cast(fx.Node, guard.args[1 + index])
             item = next((u for u in guard.users if u.target is operator.getitem and u.args[1] == index), None)
@@ -268,7 +295,7 @@ def _measure(
     measures: frozenset[str],
 ) -> None:
     """Write into ``row`` what ``measures`` asks for; before anything is stored, as what is stored is read for it."""
-    attentions = [n for n in graph.nodes if n.meta.get(ATTENTION) == guard_number(guard)]
+    attentions = _attentions(graph, guard)
     settings = next((name.split(":")[1:] for name in measures if name.startswith("entropy")), None)
     parts: list[fx.Node] = []
     if settings and attentions:
@@ -278,8 +305,7 @@ def _measure(
     exits = [cast(fx.Node, guard.args[1 + i]) for i in range(len(layouts)) if stored[i]]
     if "change" in measures and exits:
         with graph.inserting_before(guard):
-            before = [_read_back(graph, stored[i], layout) for i, layout in enumerate(layouts) if stored[i]]
-            parts.append(graph.call_function(change_of, (exits, before, _share_batch(attentions, exits))))
+            parts.append(_change(graph, exits, stored, layouts, attentions))
     if not parts:
         return
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -291,6 +317,31 @@ def _measure(
         halves = parts if len(parts) == 2 else [parts[0], nothing] if has_entropy else [nothing, parts[0]]
         graph.call_method("copy_", (row, graph.call_function(torch.cat, (halves,))))
     graph.erase_node(anchor)
+
+
+def _compare(
+    graph: fx.Graph, guard: fx.Node, row: fx.Node, lent: dict[int, list[fx.Node]], layouts: Sequence[ExitLayout]
+) -> None:
+    """Write into ``row`` how far the exits are from those that another branch has stored."""
+    exits = [cast(fx.Node, guard.args[1 + i]) for i in range(len(layouts))]
+    with graph.inserting_before(guard):
+        graph.call_method("copy_", (row, _change(graph, exits, lent, layouts, _attentions(graph, guard))))
+
+
+def _change(
+    graph: fx.Graph,
+    exits: Sequence[fx.Node],
+    stored: dict[int, list[fx.Node]],
+    layouts: Sequence[ExitLayout],
+    attentions: Sequence[fx.Node],
+) -> fx.Node:
+    """Fresh ``exits`` against what is ``stored``."""
+    before = [_read_back(graph, stored[i], layout) for i, layout in enumerate(layouts) if stored[i]]
+    return graph.call_function(change_of, (exits, before, _share_batch(attentions, exits)))
+
+
+def _attentions(graph: fx.Graph, guard: fx.Node) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.meta.get(ATTENTION) == guard_number(guard)]
 
 
 def _share_batch(attentions: Sequence[fx.Node], exits: Sequence[fx.Node]) -> bool:

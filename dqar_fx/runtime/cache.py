@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from dqar_fx.graph.specialise import MEASUREMENTS, ExitLayout
+from dqar_fx.graph.specialise import DIFFERENCE, LENT, MEASUREMENTS, ExitLayout
 from dqar_fx.quantize import scale_shape
 from dqar_fx.runtime.history import History
 
@@ -70,6 +71,17 @@ def _packed(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int,
     return packed, tuple(strides)
 
 
+_Buffers = list[tuple[torch.Tensor, ...]]  # of one site, [exit][part]
+
+
+class Loan(NamedTuple):
+    """A site whose value is another store's: whose, in which of its epochs, and the buffers that stand by meanwhile."""
+
+    lender: Store
+    epoch: int
+    own: _Buffers | None
+
+
 @dataclass(slots=True)
 class Store:
     """The stored values of one captured graph, at given sizes, for one branch of one generation.
@@ -79,7 +91,7 @@ class Store:
     """
 
     specs: Sequence[Sequence[ExitSpec]]  # [site][exit]
-    buffers: list[list[tuple[torch.Tensor, ...]] | None] = field(init=False)
+    buffers: list[_Buffers | None] = field(init=False)
     step: list[int] = field(init=False)  # [site]: the step whose value is stored, EMPTY if none
     #: The arguments, and how often each had been written into, that the values of lossless sites were computed from.
     inputs: tuple[list[torch.Tensor], list[int]] | None = field(default=None, init=False)
@@ -87,6 +99,10 @@ class Store:
     history: History = field(init=False)  # what the gates remember
     _released: list[int] = field(init=False)  # [site]: bytes that were held when the run ended
     _streams: dict[torch.device, torch.cuda.Stream] = field(default_factory=dict)
+    #: How often all values were forgotten. Within an epoch a site stores once a step at most.
+    epoch: int = field(default=0, init=False)
+    loans: dict[int, Loan] = field(default_factory=dict, init=False)  # by site
+    lender: Store | None = field(default=None, init=False)  # what the call that runs is compared with
 
     def __post_init__(self) -> None:
         self.buffers = [None] * len(self.specs)
@@ -95,7 +111,7 @@ class Store:
         self.history = History([exits[0].device for exits in self.specs])
         self.on_host = any(spec.on_host for exits in self.specs for spec in exits)
 
-    def of(self, site: int) -> list[tuple[torch.Tensor, ...]]:
+    def of(self, site: int) -> _Buffers:
         """The buffers of a site, ``[exit][part]``, allocated if need be."""
         buffers = self.buffers[site]
         if buffers is None:
@@ -104,8 +120,37 @@ class Store:
         return buffers
 
     def tensor(self, site: int, index: int, part: int) -> torch.Tensor:
-        """One stored tensor of a site, or (``MEASUREMENTS``) where it writes what it measures."""
-        return self.history.row(site) if index == MEASUREMENTS else self.of(site)[index][part]
+        """One stored tensor of a site, its own or (``LENT``) the lender's; or where it writes what it measures."""
+        if index >= 0:
+            return self.of(site)[index][part]
+        if index == MEASUREMENTS:
+            return self.history.row(site)
+        if index == DIFFERENCE:
+            return self.history.difference_row(site)
+        assert self.lender is not None
+        return self.lender.of(site)[LENT - index][part]
+
+    def borrow(self, site: int, lender: Store) -> None:
+        """From here on the value of ``site`` is the lender's, until it stores another, or this store does."""
+        loan = self.loans.get(site)
+        self.loans[site] = Loan(lender, lender.epoch, self.buffers[site] if loan is None else loan.own)
+        self.buffers[site] = lender.of(site)
+        self.step[site] = lender.step[site]
+
+    def holds_loan(self, site: int) -> bool:
+        """True if the lender still has what was taken from it for ``site``."""
+        lender, epoch, _ = self.loans[site]
+        return lender.epoch == epoch and lender.step[site] == self.step[site]
+
+    def give_back(self, site: int) -> None:
+        """``site`` has its own buffers again; what it is said to hold is left for the caller to correct."""
+        self.buffers[site] = self.loans.pop(site).own
+
+    def give_all_back(self) -> None:
+        """Let go of all that is another store's."""
+        for site in list(self.loans):
+            self.give_back(site)
+        self.lender = None
 
     def stream_for(self, device: torch.device) -> torch.cuda.Stream | None:
         """The stream on which values are copied from and to ``device``; None where there are no streams."""
@@ -117,12 +162,15 @@ class Store:
 
     def clear(self) -> None:
         """Forget every value; the buffers stay."""
+        self.give_all_back()
+        self.epoch += 1
         self.step = [EMPTY] * len(self.specs)
         self.history.clear()
         self.inputs = None
 
     def release(self) -> None:
         """The run is over: free the buffers; how much they took is still known."""
+        self.give_all_back()
         self._released = [self.site_bytes(site) for site in range(len(self.specs))]
         self.buffers = [None] * len(self.specs)
         self.clear()
@@ -134,7 +182,8 @@ class Store:
 
     def site_bytes(self, site: int) -> int:
         """Bytes of one site's stored value; after ``release``, what they were."""
-        held = sum(t.numel() * t.element_size() for parts in self.buffers[site] or [] for t in parts)
+        own = self.loans[site].own if site in self.loans else self.buffers[site]
+        held = sum(t.numel() * t.element_size() for parts in own or [] for t in parts)
         return held or self._released[site]
 
     @property

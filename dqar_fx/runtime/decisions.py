@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +29,7 @@ COLOURS = {
     "entropy": "#E69F00",
     "change": "#D55E00",
     "policy": "#8C564B",
+    "shared": "#C5E0B4",
 }
 
 
@@ -44,7 +46,8 @@ class Decision(NamedTuple):
 class Measured(NamedTuple):
     """What one site measured in one call, for the gates that asked.
 
-    ``entropy`` is in nats a row (or as ``EntropyGate.normalize`` says), ``change`` relative; NaN where not asked for.
+    ``entropy`` is in nats a row (or as ``EntropyGate.normalize`` says), ``change`` and ``difference`` (from another
+    branch of guidance) relative; NaN where not asked for.
     """
 
     step: int
@@ -52,6 +55,7 @@ class Measured(NamedTuple):
     site: int
     entropy: float
     change: float
+    difference: float = math.nan
 
 
 def plot(

@@ -15,6 +15,7 @@ from dqar_fx.runtime.history import LAG
 from dqar_fx.runtime.identity import SchedulerIdentity
 from dqar_fx.runtime.program import CapturedGraph, Outcomes
 from dqar_fx.runtime.prompt import Prompt
+from dqar_fx.runtime.sharing import SharingTable
 
 
 class Gating:
@@ -29,11 +30,12 @@ class Gating:
         self.gates = gates
         self.cascade: tuple[Gate, ...] = gates.cascade(with_snr=with_snr)
         self._needs_snr = gates.snr is not None and with_snr
-        self._tables: dict[tuple[StepTable, CapturedGraph], GatedTable] = {}
+        self._tables: dict[tuple[StepTable, CapturedGraph], GatedTable | SharingTable] = {}
 
     def __str__(self) -> str:
         left_out = ["snr left out: no scheduler tells it"] if self.gates.snr is not None and not self._needs_snr else []
-        return ", ".join([*map(str, self.cascade), *left_out]) or "none that could block"
+        shared = [str(self.gates.sharing)] if self.gates.sharing is not None else []
+        return ", ".join([*map(str, self.cascade), *left_out, *shared]) or "none that could block"
 
     def facts(self, generation: Generation, tick: Tick, inputs: Inputs, scheduler: SchedulerIdentity | None) -> Facts:
         """What the gates are told of the step of ``tick``."""
@@ -43,18 +45,25 @@ class Gating:
         if length is None and generation.prompt is not None:
             length = generation.prompt.length(tick.step)
         snr = scheduler.snr if self._needs_snr and scheduler is not None else ()
-        return Facts(snr[tick.step] if 0 <= tick.step < len(snr) else math.nan, length)
+        ratio = snr[tick.step] if 0 <= tick.step < len(snr) else math.nan
+        if self.gates.cross_branch is None:
+            return Facts(ratio, length)
+        generation.note_call(tick, inputs)
+        return Facts(ratio, length, generation)
 
     @property
     def measures(self) -> frozenset[str]:
         """What a compute step measures for them."""
         return self.gates.measures
 
-    def table(self, table: StepTable, graph: CapturedGraph, first: int, total: int) -> GatedTable:
+    def table(self, table: StepTable, graph: CapturedGraph, first: int, total: int) -> GatedTable | SharingTable:
         """``table`` with the gates behind it, for ``graph``, whose sites are ``first`` and following of ``total``."""
         known = self._tables.get((table, graph))
         if known is None:
-            known = self._tables[table, graph] = GatedTable(table, self, graph, first, total)
+            known = gated = GatedTable(table, self, graph, first, total)
+            if self.gates.sharing is not None:
+                known = SharingTable(gated, table, self.gates.sharing, graph, first)
+            self._tables[table, graph] = known
         return known
 
 

@@ -14,7 +14,7 @@ from dqar_fx.graph.specialise import Outcome
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.cache import EMPTY, BufferPool, Store
 from dqar_fx.runtime.clock import NEW_GENERATION, Clock, Move, Tick
-from dqar_fx.runtime.conditioning import Conditioning, Inputs, Relation, version
+from dqar_fx.runtime.conditioning import Conditioning, Inputs, Relation, same_memory, version
 from dqar_fx.runtime.decisions import Decision, Measured
 from dqar_fx.runtime.program import CapturedGraph, Outcomes
 from dqar_fx.runtime.prompt import Prompt
@@ -35,10 +35,12 @@ def _identical(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What gates are told of a step: its signal-to-noise ratio, and how many tokens the prompt has."""
+    """What gates are told of a step: its signal-to-noise ratio, how many tokens the prompt has, and (where branches
+    share) the generation it is of."""
 
     snr: float = math.nan
     prompt_length: int | None = None
+    generation: Generation | None = None
 
 
 NO_FACTS = Facts()
@@ -141,6 +143,10 @@ class Generation:
     )
     _stores: dict[tuple[str, int], _Stored] = field(default_factory=dict)
     _weights: dict[tuple[int, int], tuple[Sequence[torch.Tensor], list[int]]] = field(default_factory=dict)
+    shares: bool = False  # a branch may take what another one stored at the same step
+    _first: tuple[str, object, int] | None = None  # of this step: its first branch, its latents and their version
+    _lender: str = ""  # the branch that the present call may take from; itself if there is none
+    _ended: set[str] = field(default_factory=set)  # the branches that have done their last planned step
 
     def judge(self, tick: Tick, inputs: Inputs, *, scheduled: bool = False) -> Tick:
         """``tick`` if, by its conditioning ``inputs``, the call may belong to those before it; otherwise a start.
@@ -164,6 +170,42 @@ class Generation:
                 self.conditioning.clear()
         self.conditioning.note(self.branch, inputs, repeated=repeated)
         return tick
+
+    def note_call(self, tick: Tick, inputs: Inputs) -> None:
+        """Find out whether the call of ``tick`` may take what the first call of its step has stored.
+
+        It may where nothing is in doubt: no call at this step was repeated, or made the clock doubt what it belongs to;
+        and, unless the caller says what belongs together, both were given the same latents, in the same memory. What
+        tells one run from another for a single branch, its conditioning, tells nothing of two.
+        """
+        self.shares = True
+        latents, self._lender = inputs.latents, self.branch
+        written = version(latents) if isinstance(latents, torch.Tensor) else -1
+        if tick.move in (Move.START, Move.NEXT):
+            self._first = self.branch, latents, written
+        elif tick.move is not Move.SAME:
+            self._first = None
+        elif self._first is not None:
+            branch, before, version_before = self._first
+            told = (self.explicit or self.manual_step is not None) and not self.is_shared
+            if not told:
+                if not isinstance(before, torch.Tensor) or not isinstance(latents, torch.Tensor):
+                    return
+                if version_before != written or not same_memory(before, latents):
+                    return
+            self._lender = branch
+
+    def lending(self, first: int) -> tuple[str, Store] | None:
+        """The branch that the present call may take from, and what that has stored for the graph whose first site is
+        ``first``; None where there is nothing of the same graph and sizes."""
+        mine, theirs = self._stores[self.branch, first], self._stores.get((self._lender, first))
+        if theirs is None or theirs is mine or theirs.graph is not mine.graph or theirs.sizes != mine.sizes:
+            return None
+        return self._lender, theirs.store
+
+    def has_others(self, first: int) -> bool:
+        """True if another branch has run the graph whose first site is ``first`` as well."""
+        return any(branch != self.branch and site == first for branch, site in self._stores)
 
     def begin_call(self, tick: Tick) -> None:
         """Forget what this call must not read: everything at the start of a generation, or what its branch has."""
@@ -217,9 +259,13 @@ class Generation:
         self._forget()
 
     def end_branch(self) -> None:
-        """The last planned step of this branch is done: nothing of it will be read again."""
+        """The last planned step of this branch is done: nothing of it will be read again (by others, once they are)."""
+        ended = {self.branch}
+        if self.shares:
+            self._ended |= ended
+            ended = self._ended if self._ended >= {branch for branch, _ in self._stores} else set()
         for (branch, _), stored in self._stores.items():
-            if branch == self.branch:
+            if branch in ended:
                 self._finish(stored.store)
 
     def end(self) -> None:
@@ -238,11 +284,16 @@ class Generation:
         if self.pool is not None:
             for stored in self._stores.values():
                 self.pool.give((stored.graph, stored.sizes), stored.store)
+        elif self.shares:
+            for stored in self._stores.values():
+                stored.store.give_all_back()  # stores that know each other would wait for the garbage collector
         self._stores.clear()
         self._weights.clear()
+        self._ended.clear()
 
     def _forget(self) -> None:
         self.prompt = None
+        self._first = None
         self._weights.clear()
         self.conditioning.clear()
         self.clock.clear()
@@ -272,7 +323,7 @@ class Generation:
     def measurements(self) -> list[Measured]:
         """Everything measured so far, by branch and step; waits for what is still on its way."""
         return [
-            Measured(step, branch, first + site, found.entropy, found.change)
+            Measured(step, branch, first + site, found.entropy, found.change, found.difference)
             for (branch, first), stored in self._stores.items()
             for step, site, found in stored.store.history.seen()
         ]

@@ -22,8 +22,10 @@ from dqar_fx.graph.partition import Piece, partition
 from dqar_fx.graph.share import share_repeated
 from dqar_fx.graph.sites import Region
 from dqar_fx.graph.specialise import (
+    DIFFERENCE,
+    LENT,
     MEASUREMENTS,
-    STORING,
+    WRITING,
     ExitLayout,
     Outcome,
     Variant,
@@ -114,6 +116,7 @@ class CapturedGraph:
         lowerer: compiles pieces; shared by all graphs of a model.
         variants: the specialised pieces of all graphs of the model, so that equal blocks of two captures share code.
         measures: what a step that measures does: ``"entropy"`` of the attention, ``"change"`` of its exits.
+        compares: whether exits may be compared with, and taken from, another branch of guidance.
     """
 
     def __init__(
@@ -124,6 +127,8 @@ class CapturedGraph:
         lowerer: Lowerer,
         variants: dict[object, Variant],
         measures: frozenset[str] = frozenset(),
+        *,
+        compares: bool = False,
     ) -> None:
         self.captured = gm
         self.regions = tuple(regions)
@@ -179,6 +184,16 @@ class CapturedGraph:
         self._factors = balanced.factors
         #: The sites that should be balanced (``CacheConfig.balance``) and are not, each with the reason.
         self.unbalanced = balanced.reasons
+        #: The sites whose value a branch may take from another: not what depends on the prompt alone, nor what has a
+        #: size of its own in each. Values in host memory are copied on streams that know nothing of each other.
+        self.comparable = frozenset(
+            i
+            for i, region in enumerate(regions)
+            if compares
+            and not self._on_host
+            and not region.site.lossless
+            and not any(layout.late_size for layout in self.layouts[i])
+        )
         self._entropy_bounds = [_entropy_bound([nodes[name] for name in region.attentions]) for region in regions]
         self._place()
 
@@ -189,6 +204,9 @@ class CapturedGraph:
         for site, layouts in enumerate(self.layouts):
             stored += [(site, index, part) for index, layout in enumerate(layouts) for part in range(layout.parts)]
             stored.append((site, MEASUREMENTS, 0))
+            if site in self.comparable:
+                stored.append((site, DIFFERENCE, 0))
+                stored += [(site, LENT - index, part) for index, lay in enumerate(layouts) for part in range(lay.parts)]
         made = [name for piece in self.pieces for name in piece.outputs]
         constants = [value for value in self._result if not isinstance(value, fx.Node)]
         self._stored = {use: i for i, use in enumerate(stored, len(names))}
@@ -331,7 +349,7 @@ class CapturedGraph:
             mine = tuple(outcomes[site] for site in piece.sites)
             reused = frozenset(i for i, site in enumerate(piece.checked) if outcomes[site] is Outcome.REUSE)
             checks = len(reused) < len(piece.checked)
-            if not outputs and not self._has_effects[index] and not checks and not STORING.intersection(mine):
+            if not outputs and not self._has_effects[index] and not checks and not WRITING.intersection(mine):
                 continue
             step = self._steps.get((index, mine, outputs, reused))
             if step is None:
@@ -359,13 +377,13 @@ class CapturedGraph:
         found = [(piece.sites[use.guard], use.exit, use.part) for use in variant.found]
         symbolic = [(i, self._late[name]) for i, name in enumerate(names) if name in self._late]
         for i, (site, index, part) in enumerate(uses, len(names)):
-            if index != MEASUREMENTS and self.layouts[site][index].late_size:
+            if index >= 0 and self.layouts[site][index].late_size:
                 symbolic.append((i, self._exits[site][index] if part == 0 else None))
         arguments = (*(self._register[name] for name in names), *(self._stored[use] for use in uses))
         results = (*(self._register[piece.outputs[i]] for i in variant.outputs), *(self._found[use] for use in found))
         outcome = dict(zip(piece.sites, mine, strict=True))
         read = [
-            outcome[site] is Outcome.REUSE or (index != MEASUREMENTS and part >= self.layouts[site][index].written)
+            outcome[site] is Outcome.REUSE or (index >= 0 and part >= self.layouts[site][index].written)
             for site, index, part in uses
         ]
         return _Step(

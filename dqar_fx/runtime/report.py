@@ -22,7 +22,8 @@ class Stats:
 
     Attributes:
         decisions: ``(step, branch, site, action, reason)`` of every site in every call, in order.
-        measurements: ``(step, branch, site, entropy, change)`` of every site that measured, by branch, step and site.
+        measurements: ``(step, branch, site, entropy, change, difference)`` of every site that measured, by branch, step
+            and site.
         cache_bytes: bytes held by the generation's stored values now; 0 once it was left or reset.
         captures: graphs that Dynamo captured.
         graph_breaks: breaks between them.
@@ -60,6 +61,11 @@ class Stats:
     def reused(self) -> int:
         """How often an attention was read from the cache."""
         return sum(d.action == "reuse" for d in self.decisions)
+
+    @property
+    def shared(self) -> int:
+        """Of these, how often a branch of guidance took what another had stored at the same step."""
+        return sum(d.reason == "shared" for d in self.decisions)
 
     @property
     def reuse_ratio(self) -> float:
@@ -100,6 +106,7 @@ class Report:
     gates: str = ""
     unmeasured: tuple[str, ...] = ()
     unbalanced: tuple[tuple[str, str], ...] = ()  # (path, reason)
+    unshared: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as numbers, strings, lists and dicts."""
@@ -126,11 +133,7 @@ class Report:
             "schedule": self.schedule,
             "cache": self.cache,
             "gates": self.gates,
-            "blocked": {
-                reason: count
-                for reason, count in Counter(d.reason for d in self.stats.decisions).items()
-                if reason != "reuse"
-            },
+            "blocked": dict(Counter(d.reason for d in self.stats.decisions if d.action != "reuse")),
             "unmeasured": list(self.unmeasured),
             "unbalanced": [{"path": path, "reason": reason} for path, reason in self.unbalanced],
             "planned_reuse_ratio": self.plan.reuse_ratio if self.plan is not None else None,
@@ -145,6 +148,8 @@ class Report:
             "steps": self.stats.steps,
             "computed": self.stats.computed,
             "reused": self.stats.reused,
+            "shared": self.stats.shared,
+            "unshared": self.unshared,
             "reuse_ratio": self.stats.reuse_ratio,
             "cache_bytes": self.stats.cache_bytes,
             "repeated_calls": self.repeats,
@@ -177,6 +182,10 @@ class Report:
                 f"entropy cannot be measured at {path}: it is no plain scaled_dot_product_attention, so it computes"
                 for path in self.unmeasured
             ]
+            if data["shared"]:
+                head.append(f"of the reused, taken from another branch at the same step: {data['shared']}")
+            if self.unshared:
+                head.append(f"nothing is shared between branches: {self.unshared}")
         rows = [
             [s["index"], s["path"], s["kind"], s["exits"], " ".join("x".join(shape) for shape in s["shapes"]),
              "exact" if s["lossless"] and ratio else "" if s["planned_reuse"] is None else f"{s['planned_reuse']:.0%}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from dqar_fx.runtime.lossless import constant_inputs
 from dqar_fx.runtime.plans import Plans
 from dqar_fx.runtime.program import CapturedGraph
 from dqar_fx.runtime.report import GraphBreak, Report, Stats
+from dqar_fx.runtime.sharing import SharingTable
 from dqar_fx.schedule import Schedule
 
 SiteFilter = Callable[[Site], bool] | str | Sequence[str] | None
@@ -251,6 +253,7 @@ class Runtime:
             unbalanced=tuple(
                 (graph.regions[site].site.path, why) for graph in self.graphs for site, why in graph.unbalanced.items()
             ),
+            unshared=self._unshared(),
         )
 
     def _unmeasured(self) -> tuple[str, ...]:
@@ -263,6 +266,22 @@ class Runtime:
             for site, can in zip(self.sites, tell, strict=True)
             if not (can or site.lossless)
         )
+
+    def _unshared(self) -> str:
+        """Why branches could share nothing, where they should."""
+        if self._gating is None or self._gating.gates.cross_branch is None:
+            return ""
+        if self.cache.device == "cpu":
+            return "what is stored in host memory is not shared"
+        stats = self.stats
+        if len({d.branch for d in stats.decisions}) == 1:
+            return "only one branch was called, and guidance in one call is one branch"
+        if stats.decisions and all(math.isnan(measured.difference) for measured in stats.measurements):
+            return (
+                "none were compared so far. That takes the same shapes, the same latents (outside of `generation`, in "
+                "the same memory), and a step that stores"
+            )
+        return ""
 
     def diff(self) -> str:
         """Every captured graph before and after the guards were put in, as a unified diff."""
@@ -301,7 +320,8 @@ class Runtime:
             if whole and not self._graphs:
                 self._plans.plan(len(regions), None)  # a plan for another number of sites is refused before any compile
             measures = self._gating.measures if self._gating is not None else frozenset[str]()
-            graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants, measures)
+            compares = self._gating is not None and self._gating.gates.cross_branch is not None
+            graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants, measures, compares=compares)
             self._skipped += [site for site in skipped if site not in self._skipped]
             if whole:
                 self._totals[graph] = len(regions)
@@ -411,6 +431,7 @@ class Runtime:
         sizes = graph.sizes_of(arguments)
         store, empty_reason = generation.store_for(graph, first, sizes)
         if table is None:  # the first call of a model in several graphs: how many sites follow is not known yet
+            store.give_all_back()
             outcomes = (Outcome.STORE if tick.step >= 0 else Outcome.COMPUTE,) * graph.num_sites
             store.step = [tick.step] * graph.num_sites if tick.step >= 0 else store.step
             reasons: tuple[str, ...] = ("warmup",) * graph.num_sites
@@ -432,7 +453,7 @@ class Runtime:
         except BaseException:
             generation.free()
             raise
-        if store.history.measuring:
+        if self._gating is not None:
             store.history.read_back(tick.step)
         if call.sites == call.total:
             self._complete(call)
@@ -482,7 +503,7 @@ class Runtime:
 
     def _table(
         self, generation: Generation, graph: CapturedGraph, first: int, total: int | None
-    ) -> StepTable | GatedTable | None:
+    ) -> StepTable | GatedTable | SharingTable | None:
         """What decides for ``graph``, whose first site has number ``first``, in a call that has ``total`` sites."""
         count = graph.num_sites
         if total is None or first + count > total:

@@ -16,7 +16,18 @@ from dqar_fx.graph.capture import readable
 from dqar_fx.graph.guard import guard_sites
 from dqar_fx.graph.partition import Piece, partition
 from dqar_fx.graph.sites import find_sites
-from dqar_fx.graph.specialise import STORING, BufferUse, ExitLayout, Outcome, Variant, exit_layout, specialise
+from dqar_fx.graph.specialise import (
+    COMPARING,
+    DIFFERENCE,
+    LENT,
+    STORING,
+    BufferUse,
+    ExitLayout,
+    Outcome,
+    Variant,
+    exit_layout,
+    specialise,
+)
 from dqar_fx.quantize import dequantize, quantize, scale_shape
 from tests.graph.conftest import captured_model, equal, ops, region, traced
 
@@ -258,20 +269,39 @@ TWO = (("scaled_dot_product_attention",) * 2, ("scaled_dot_product_attention_1",
 def test_two_guards_may_have_different_outcomes(first: Outcome, second: Outcome) -> None:
     piece = piece_of(two, *TWO)
     variant = specialise(piece.gm, [first, second], [[layout(NATIVE)]] * 2, [0, 1])
-    assert [u.guard for u in variant.buffers] == [i for i, o in enumerate((first, second)) if o is not COMPUTE]
+    used = []
+    for guard, outcome in enumerate((first, second)):
+        if outcome is REUSE or outcome in STORING:
+            used.append((guard, 0))
+        if outcome in COMPARING:
+            used += [(guard, DIFFERENCE), (guard, LENT)]
+    assert [(u.guard, u.exit) for u in variant.buffers] == used
     assert ops(variant.gm)["scaled_dot_product_attention"] == (first is not REUSE) + (second is not REUSE)
 
-    def expected(stored: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    def expected(
+        stored: list[Tensor], lent: list[Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], list[Tensor], list[tuple[float, float]]]:
         a = stored[0] if first is REUSE else F.scaled_dot_product_attention(X, X, X)
         y = X + a
         b = stored[1] if second is REUSE else F.scaled_dot_product_attention(y, y, y)
         kept = [v if o in STORING else s for v, o, s in zip((a, b), (first, second), stored, strict=True)]
-        return (y + b * 2, b.sin()), kept
+        apart = [float((v - other).norm() / v.norm()) for v, other in zip((a, b), lent, strict=True)]
+        return (y + b * 2, b.sin()), kept, [(d, d) for d in apart]  # one sample: the mean is the largest
 
-    buffers = [torch.randn_like(X), torch.randn_like(X)]
-    results, kept = expected([b.clone() for b in buffers])
-    assert equal(variant.gm(*([X] * len(variant.inputs)), *(buffers[u.guard] for u in variant.buffers)), results)
+    buffers, lent, rows = [[torch.randn_like(X), torch.randn_like(X)] for _ in range(2)] + [list(torch.zeros(2, 2))]
+    results, kept, differences = expected([b.clone() for b in buffers], [b.clone() for b in lent])
+    given = {0: buffers, LENT: lent, DIFFERENCE: rows}
+    stored = [given[u.exit][u.guard] for u in variant.buffers]
+    assert equal(variant.gm(*([X] * len(variant.inputs)), *stored), results)
     assert equal(buffers, kept)
+    for row, outcome, difference in zip(rows, (first, second), differences, strict=True):
+        assert row.tolist() == pytest.approx(difference if outcome in COMPARING else (0.0, 0.0), rel=1e-5)
+
+
+def test_what_only_compares_is_computed_even_if_nobody_reads_it() -> None:
+    piece = piece_of(two, *TWO)
+    variant = specialise(piece.gm, [Outcome.COMPARE, REUSE], [[layout(NATIVE)]] * 2, [1])
+    assert ops(variant.gm) == {"scaled_dot_product_attention": 1, "change_of": 1, "copy_": 1, "sin": 1}
 
 
 def test_a_stored_attention_is_computed_even_if_what_follows_reads_another() -> None:

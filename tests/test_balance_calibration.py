@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dqar_fx
 from dqar_fx import CacheConfig, CacheError, CaptureError, RuntimeStateError, calibrate_balance, dequantize, quantize
-from dqar_fx.calibration import decibels, measure_balance
+from dqar_fx.balance_calibration import decibels, measure_balance
 from dqar_fx.schedule import Schedule
 
 STEPS, HEADS, SIZE, WIDTH = 4, 2, 8, 16
