@@ -59,9 +59,18 @@ def _depth(candidate: Candidate) -> float:
     return candidate.site / max(candidate.num_sites - 1, 1)
 
 
-#: What a policy may be told of a reuse, by name; NaN where it is not known (yet), which blocks. ``entropy`` is apart:
-#: it depends on how it was measured.
+def _entropy(candidate: Candidate) -> float:
+    return candidate.measured.entropy
+
+
+def _entropy_in_nats(candidate: Candidate) -> float:
+    bound = candidate.entropy_bound
+    return candidate.measured.entropy / bound if 0 < bound < math.inf else math.nan
+
+
+#: What a policy may be told of a reuse, by name; NaN where it is not known (yet), which blocks.
 _FEATURES: dict[str, Callable[[Candidate], float]] = {
+    "entropy": _entropy,
     "log_snr": _log_snr,
     "log_norm": _log_norm,
     "progress": lambda c: c.step / c.num_steps,
@@ -73,7 +82,7 @@ _FEATURES: dict[str, Callable[[Candidate], float]] = {
     "step": lambda c: float(c.step),
     "site": lambda c: float(c.site),
 }
-ALL_FEATURES = ("entropy", *_FEATURES)
+ALL_FEATURES = tuple(_FEATURES)
 
 
 def feature(name: str, candidate: Candidate, *, in_nats: bool = False) -> float:
@@ -96,12 +105,11 @@ def feature(name: str, candidate: Candidate, *, in_nats: bool = False) -> float:
     The first five are DQAR's. ``in_nats``: the entropy was measured in nats a row, and is divided by ``ln(keys)``.
     That is the same, but where a mask leaves rows fewer keys than there are.
     """
-    if name != "entropy":
-        return _FEATURES[name](candidate)
-    if not in_nats:
-        return candidate.measured.entropy
-    bound = candidate.entropy_bound
-    return candidate.measured.entropy / bound if 0 < bound < math.inf else math.nan
+    return _reader(name, in_nats)(candidate)
+
+
+def _reader(name: str, in_nats: bool) -> Callable[[Candidate], float]:
+    return _entropy_in_nats if in_nats and name == "entropy" else _FEATURES[name]
 
 
 @runtime_checkable
@@ -132,13 +140,17 @@ class PolicyGate:
     judge: Judge
     in_nats: bool = False
     reason: str = field(default="policy", init=False)
+    _readers: tuple[Callable[[Candidate], float], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_readers", tuple(_reader(name, self.in_nats) for name in self.judge.features))
 
     def __str__(self) -> str:
         return str(self.judge)
 
     def row(self, candidate: Candidate) -> list[float]:
         """The candidate as the policy is told of it."""
-        return [feature(name, candidate, in_nats=self.in_nats) for name in self.judge.features]
+        return [read(candidate) for read in self._readers]
 
     def allow(self, rows: Sequence[Sequence[float]]) -> list[bool]:
         """For each row, whether the value may be read."""
