@@ -92,7 +92,7 @@ class Bench:
         errors = (found.double() - reference.double()).square().mean((1, 2, 3))
         return {
             "reuse_ratio": sum(ratios) / len(ratios),
-            "psnr_db": 10 * math.log10(RANGE**2 / float(errors.mean())),
+            "psnr_db": float(10 * torch.log10(RANGE**2 / errors.mean())),  # infinite where nothing was reused
             "mean_psnr_db": float((10 * torch.log10(RANGE**2 / errors)).mean()),
             "rel_l2_error": common.relative_error(found, reference),
         }
