@@ -20,6 +20,7 @@ from dqar_fx.errors import (
     GateError,
     MetricError,
     PlanError,
+    PolicyError,
     RuntimeStateError,
     ScheduleError,
 )
@@ -27,6 +28,7 @@ from dqar_fx.gates import ChangeGate, CrossBranch, EntropyGate, Gates, SnrGate
 from dqar_fx.graph.sites import Site
 from dqar_fx.optimize import optimize, restore, runtime
 from dqar_fx.plan import Plan
+from dqar_fx.policy import Policy
 from dqar_fx.presets import preset
 from dqar_fx.quantize import dequantize, quantize
 from dqar_fx.runtime.runtime import Runtime
@@ -50,6 +52,8 @@ __all__ = [
     "MetricError",
     "Plan",
     "PlanError",
+    "Policy",
+    "PolicyError",
     "Runtime",
     "RuntimeStateError",
     "Schedule",

@@ -149,10 +149,10 @@ def make_runtime(
         raise RuntimeStateError(
             f"gates is a {type(gates).__name__}. Pass a dqar_fx.Gates, e.g. Gates(max_reuse=4), or None for none."
         )
-    if gates is not None and scheduler is None and gates.asks_for_snr:
+    if gates is not None and scheduler is None and (asks := gates.asks_for_snr):
         raise GateError(
-            f"Gates.snr is {gates.snr}, but nothing tells the signal-to-noise ratio of a step. Pass the pipeline's "
-            f"scheduler (scheduler=pipe.scheduler), or leave the gate out (snr=None)."
+            f"Gates.{asks} is {getattr(gates, asks)}, but nothing tells the signal-to-noise ratio of a step. Pass the "
+            f"pipeline's scheduler (scheduler=pipe.scheduler), or leave the gate out ({asks}=None)."
         )
     compiler = resolve_backend(backend, mode, options, dynamic)
     return Runtime(schedule, cache, scheduler, sites, compiler, gates=gates, dynamic=bool(dynamic))

@@ -32,6 +32,7 @@ from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CacheError, GateError, PlanError, RuntimeStateError
 from dqar_fx.gates import AgeGate, BudgetGate, Candidate, Gate, Gates, Measurement, SnrGate
 from dqar_fx.plan import Plan
+from dqar_fx.policy import PolicyGate
 from dqar_fx.quantize import dequantize, quantize
 from dqar_fx.schedule import Schedule
 
@@ -170,7 +171,7 @@ class Controller:
     """Decides at every step and site whether a stored value may be read, and stores values.
 
     It asks in DQAR's order, cheapest first: warm-up and schedule, is anything stored, is it that of this call (shape),
-    then the gates: age, budget, SNR, entropy, change. The first to block gives the reason. Other than under
+    then the gates: age, budget, SNR, entropy, change, policy. The first to block gives the reason. Other than under
     ``optimize``, a measurement of this very step can decide, at the price of waiting for the device.
 
     Args:
@@ -183,7 +184,8 @@ class Controller:
     Raises:
         ScheduleError, PlanError: the schedule or plan does not fit these numbers.
         CacheError: ``cache`` has a dtype each for keys and values, or a balance.
-        GateError: the gates are to share between branches.
+        GateError: the gates are to share between branches, or a policy stands behind an ``EntropyGate`` that measures
+            in nats.
     """
 
     def __init__(
@@ -209,6 +211,12 @@ class Controller:
                 f"Gates.cross_branch is {gates.cross_branch}, but a controller shares nothing between branches. Leave "
                 f"it out, or use dqar_fx.optimize."
             )
+        if gates is not None and any(isinstance(gate, PolicyGate) and gate.in_nats for gate in gates.cascade()):
+            raise GateError(
+                f"Gates.policy is told entropies as a share of ln(keys), and {gates.entropy} asks for them in nats, "
+                f"but a controller does not know the keys. Use EntropyGate(..., normalize='keys'), or "
+                f"Gates(entropy=None)."
+            )
         self.plan = schedule.plan(num_sites, num_steps)
         self.gates = gates
         self.cache = cache
@@ -223,6 +231,7 @@ class Controller:
         self._snr = math.nan
         self._cascade: tuple[Gate, ...] = ()
         self._prompt_length: int | None = None
+        self._latent_norm: float | Tensor | None = None
 
     def begin_step(
         self,
@@ -231,6 +240,7 @@ class Controller:
         snr: float | None = None,
         prompt_length: int | None = None,
         timestep: float | None = None,
+        latent_norm: float | Tensor | None = None,
     ) -> None:
         """All that follows, up to the next ``begin_step``, is step ``step``.
 
@@ -244,6 +254,8 @@ class Controller:
             prompt_length: tokens of the prompt, which the limit of the gate on entropy grows with; None without one.
             timestep: the noise level, if at hand: where it turns round, a new generation begins too, so that a step
                 that was counted on by mistake brings no image into the next.
+            latent_norm: ``metrics.latent_norm(x)`` of the latents, which a learned policy may decide by; of several
+                samples, their mean does. Without it such a policy blocks.
 
         Raises:
             RuntimeStateError: ``step`` is not an int of at least 0.
@@ -253,10 +265,10 @@ class Controller:
             raise RuntimeStateError(f"begin_step({step!r}): give the index of the step, an int that counts from 0.")
         if prompt_length is not None and not _is_count(prompt_length):
             raise GateError(f"begin_step({step}): prompt_length is {prompt_length!r}. Give its tokens, or None.")
-        if snr is None and self.gates is not None and self.gates.asks_for_snr:
+        if snr is None and self.gates is not None and (asks := self.gates.asks_for_snr):
             raise GateError(
-                f"begin_step({step}) got no snr, which {self.gates.snr} decides by. Pass "
-                f"snr=metrics.snr(scheduler)[step], or leave the gate out: Gates(snr=None)."
+                f"begin_step({step}) got no snr, which {getattr(self.gates, asks)} decides by. Pass "
+                f"snr=metrics.snr(scheduler)[step], or leave the gate out: Gates({asks}=None)."
             )
         level = None if timestep is None else float(timestep)
         if step <= self._generation.step or self._generation.turns_round(level):
@@ -266,6 +278,7 @@ class Controller:
         self._snr = math.nan if snr is None else float(snr)
         self._cascade = () if self.gates is None else self.gates.cascade(with_snr=snr is not None)
         self._prompt_length = prompt_length
+        self._latent_norm = latent_norm
 
     def should_reuse(
         self,
@@ -282,8 +295,9 @@ class Controller:
             site: its number.
             branch: one of several calls at the same step ("cond", "uncond"); each has its own values.
             entropy: of the attention, measured at this step: ``metrics.attention_entropy(q, k)``, with the same
-                ``normalize`` as the gate; None for what ``commit`` was given with the stored value, without which the
-                gate blocks. A function is called only if no gate before has blocked.
+                ``normalize`` as the gate (``"keys"`` for a policy without one); None for what ``commit`` was given with
+                the stored value, without which the gate blocks. A function is called only if no gate before has
+                blocked.
             change: of the result, relative to its size; None for what was measured when it was last computed.
             like: what the value must agree with in shape, dtype and device; of a transformer, the attention's input.
                 Give it where the batch or the size may change within a generation.
@@ -445,6 +459,8 @@ class Controller:
         mean, largest = entry.entropy if entropy is None else _mean_and_max(entropy)
         change_mean, change_max = entry.change if change is None else _mean_and_max(change)
         candidate.measured = Measurement(mean, largest, change_mean, change_max)
+        if self.gates is not None and self.gates.asks_for_latents:
+            candidate.latent_norm = _mean_and_max(self._latent_norm)[0]
 
     def _at(self, site: int) -> _Generation:
         if self._generation.step < 0:

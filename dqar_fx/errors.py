@@ -14,6 +14,7 @@ __all__ = [
     "GateError",
     "MetricError",
     "PlanError",
+    "PolicyError",
     "RuntimeStateError",
     "ScheduleError",
 ]
@@ -68,6 +69,14 @@ class GateError(DqarError, ValueError):
 
     Raised for a negative or missing number, bounds in the wrong order, and a gate on the signal-to-noise ratio where
     nothing tells what it is.
+    """
+
+
+class PolicyError(DqarError, ValueError):
+    """A learned policy, or what it is to be learned from, cannot be used.
+
+    Raised for a file that is damaged or is no policy, for a network whose shapes do not fit its features or that is too
+    large, and for traces that are malformed, of different models, or too few to learn from.
     """
 
 

@@ -3,7 +3,8 @@
 DQAR asks in this order: is the warm-up over, does the schedule reuse, is something stored, is it recent enough (age),
 has it been read often enough (budget), is the noise level in range (SNR), is the attention concentrated enough
 (entropy)? The first three belong to the schedule and the cache; the others are here, each an object that can block
-alone. One of our own comes behind them: did the attention's result change much the last time it was computed?
+alone. One of our own comes behind them: did the attention's result change much the last time it was computed? Last
+comes a learned policy (policy.py).
 
 The cheap questions come first (dqar.md, C14: SNR before entropy; the decisions are the same in either order).
 """
@@ -16,6 +17,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from dqar_fx.errors import GateError
+from dqar_fx.policy import ENTROPY_ROWS, Judge, PolicyGate
 
 __all__ = ["Candidate", "ChangeGate", "CrossBranch", "EntropyGate", "Gate", "Gates", "Measurement", "SnrGate"]
 
@@ -81,6 +83,7 @@ class Candidate:
         prompt_length: tokens of the prompt, None where there is none or its length is not known.
         measured: what was measured when the site last computed, as far as it has arrived.
         entropy_bound: the largest entropy that its attention can have, ``ln(keys)``; infinity where it is not known.
+        latent_norm: ``||x_t||_2`` of the model's latents, mean over samples, as far as it has arrived; NaN before.
     """
 
     step: int = 0
@@ -93,6 +96,7 @@ class Candidate:
     prompt_length: int | None = None
     measured: Measurement = NOTHING
     entropy_bound: float = math.inf
+    latent_norm: float = math.nan
 
 
 class Gate(Protocol):
@@ -330,6 +334,7 @@ class Gates:
         max_age: largest age of a value that is read, in steps (DQAR's ``max_gap``).
         max_reuse: how often a stored value is read before it is computed anew (DQAR: 2, 4 or 6).
         change: on how much the result changed when it was last computed.
+        policy: a learned policy (``Policy.load``), asked last. What it is told of a batch is the mean over its samples.
         per_sample: entropy, change and difference must be within their limits for every sample of a batch, not only on
             average.
         cross_branch: no gate, but its counterpart: where a branch of guidance would compute, it may take the value of
@@ -347,6 +352,7 @@ class Gates:
     max_age: int | None = None
     max_reuse: int | None = None
     change: ChangeGate | None = None
+    policy: Judge | None = None
     per_sample: bool = False
     cross_branch: CrossBranch | None = None
 
@@ -356,6 +362,8 @@ class Gates:
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
                 raise GateError(f"Gates.{name} is {value!r}. Give a {kind.__name__}, or None to leave it out.")
+        if self.policy is not None and not isinstance(self.policy, Judge):
+            raise GateError(f"Gates.policy is {self.policy!r}. Give Policy.load(path), or None: there is no default.")
         self.cascade()  # the numbers are checked by the gates that they become
 
     def cascade(self, *, with_snr: bool = True) -> tuple[Gate, ...]:
@@ -371,6 +379,9 @@ class Gates:
             found.append(replace(self.entropy, per_sample=True) if self.per_sample else self.entropy)
         if self.change is not None and self.change.threshold < math.inf:
             found.append(replace(self.change, per_sample=True) if self.per_sample else self.change)
+        if self.policy is not None and self.policy.min_probability > 0:
+            in_nats = any(isinstance(gate, EntropyGate) and gate.normalize == "row" for gate in found)
+            found.append(PolicyGate(self.policy, in_nats))
         return tuple(found)
 
     @property
@@ -381,9 +392,21 @@ class Gates:
         return replace(self.cross_branch, per_sample=True)
 
     @property
-    def asks_for_snr(self) -> bool:
-        """True if the gate on the noise level is not the default one: its caller must then say what tells the level."""
-        return self.snr is not None and self.snr != SnrGate()
+    def asks_for_snr(self) -> str:
+        """The gate that cannot do without the noise level, by the name of its argument, "" if none: not the default
+        one on the level. Where there is one, the caller must say what tells the level."""
+        if self.snr is not None and self.snr != SnrGate():
+            return "snr"
+        return "policy" if "log_snr" in self._policy_features else ""
+
+    @property
+    def asks_for_latents(self) -> bool:
+        """True if the policy has to be told the norm of the latents."""
+        return "log_norm" in self._policy_features
+
+    @property
+    def _policy_features(self) -> tuple[str, ...]:
+        return next((gate.judge.features for gate in self.cascade() if isinstance(gate, PolicyGate)), ())
 
     @property
     def measures(self) -> frozenset[str]:
@@ -394,4 +417,9 @@ class Gates:
                 found.add(f"entropy:{gate.normalize}:{gate.rows or ''}")
             elif isinstance(gate, ChangeGate):
                 found.add("change")
+            elif isinstance(gate, PolicyGate):
+                if "entropy" in gate.judge.features and not any(name.startswith("entropy") for name in found):
+                    found.add(f"entropy:keys:{ENTROPY_ROWS}")
+                if "change" in gate.judge.features:
+                    found.add("change")
         return frozenset(found)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dqar_fx import __version__
 from dqar_fx.errors import DqarError
 
-COMMANDS = ("demo", "explain", "generate", "sweep")
+COMMANDS = ("demo", "explain", "generate", "sweep", "trace", "train-policy")
 USAGE_ERROR = 2  # as argparse exits
 INTERRUPTED = 130  # as a shell reports SIGINT
 
@@ -55,7 +55,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"dqar_fx.cli.{name}")
+        module = importlib.import_module(f"dqar_fx.cli.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
         # Accepted after the command too; suppressed, its default does not undo one given before.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

@@ -60,8 +60,8 @@ class Painter(ABC):
         """The same model as another module, not compiled, that shares the weights; and a scheduler of its own."""
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say what is drawn, and how."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, schedule: str = SCHEDULE, seeds: str = "") -> None:
+    """The options that say what is drawn, and how; ``seeds``: several, and these by default."""
     parser.add_argument(
         "--model",
         default=DIGITS,
@@ -72,12 +72,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", metavar="N,N,...", help="what to draw; by default a choice that suits the model")
     parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: the schedule's, 50)")
     parser.add_argument("--guidance", type=float, metavar="W", help="scale of classifier-free guidance; 1 is without")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
+    if seeds:
+        parser.add_argument("--seeds", default=seeds, metavar="N,N,...", help=f"of the noise (default: {seeds})")
+    else:
+        parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     parser.add_argument(
         "--schedule",
-        default=SCHEDULE,
+        default=schedule,
         metavar="TEXT",
-        help=f"which attention reuses when, as text or as a plan saved in a .json file (default: {SCHEDULE})",
+        help=f"which attention reuses when, as text or as a plan saved in a .json file (default: {schedule})",
     )
     parser.add_argument(
         "--cache",
@@ -126,6 +129,21 @@ def parse_classes(text: str | None, painter: Painter) -> list[int]:
                 f"--classes {text}: {label} is out of range. Classes go from 0 to {painter.num_classes - 1}."
             )
     return classes
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds that were asked for, each once.
+
+    Raises:
+        CommandError: not numbers, a negative one, or none.
+    """
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise CommandError(f"--seeds {text}: give numbers, separated by commas, as in 0,1,2.") from error
+    if min(seeds) < 0:
+        raise CommandError(f"--seeds {text}: give numbers of at least 0.")
+    return list(dict.fromkeys(seeds))
 
 
 def check_numbers(args: argparse.Namespace) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from dqar_fx.gates import Candidate, Gate, Gates
 from dqar_fx.graph.specialise import STORING, Outcome
+from dqar_fx.policy import PolicyGate
 from dqar_fx.runtime.cache import EMPTY, Store
 from dqar_fx.runtime.clock import Move, Tick
 from dqar_fx.runtime.conditioning import Inputs
 from dqar_fx.runtime.generation import NO_FACTS, Facts, Generation, StepTable
 from dqar_fx.runtime.history import LAG
 from dqar_fx.runtime.identity import SchedulerIdentity
+from dqar_fx.runtime.latents import LatentNorms
 from dqar_fx.runtime.program import CapturedGraph, Outcomes
 from dqar_fx.runtime.prompt import Prompt
 from dqar_fx.runtime.sharing import SharingTable
@@ -29,7 +31,8 @@ class Gating:
     def __init__(self, gates: Gates, *, with_snr: bool) -> None:
         self.gates = gates
         self.cascade: tuple[Gate, ...] = gates.cascade(with_snr=with_snr)
-        self._needs_snr = gates.snr is not None and with_snr
+        self._needs_snr = with_snr and (gates.snr is not None or bool(gates.asks_for_snr))
+        self._needs_latents = gates.asks_for_latents
         self._tables: dict[tuple[StepTable, CapturedGraph], GatedTable | SharingTable] = {}
 
     def __str__(self) -> str:
@@ -46,10 +49,15 @@ class Gating:
             length = generation.prompt.length(tick.step)
         snr = scheduler.snr if self._needs_snr and scheduler is not None else ()
         ratio = snr[tick.step] if 0 <= tick.step < len(snr) else math.nan
+        norm = math.nan
+        if self._needs_latents:
+            if tick.move is Move.START or generation.latents is None:
+                generation.latents = LatentNorms()
+            norm = generation.latents.at(tick.step, inputs.latents)
         if self.gates.cross_branch is None:
-            return Facts(ratio, length)
+            return Facts(ratio, length, norm)
         generation.note_call(tick, inputs)
-        return Facts(ratio, length, generation)
+        return Facts(ratio, length, norm, generation)
 
     @property
     def measures(self) -> frozenset[str]:
@@ -73,7 +81,8 @@ class GatedTable:
     def __init__(self, table: StepTable, gating: Gating, graph: CapturedGraph, first: int, total: int) -> None:
         self.num_steps, self.reuses = table.num_steps, table.reuses
         self._table = table
-        self._cascade = gating.cascade
+        self._cascade = [gate for gate in gating.cascade if not isinstance(gate, PolicyGate)]
+        self._policy = next((gate for gate in gating.cascade if isinstance(gate, PolicyGate)), None)
         self._first = first
         self._bounds = [graph.entropy_bound(site) for site in range(table.count)]
         self._candidate = Candidate(num_steps=table.num_steps, num_sites=total)
@@ -107,6 +116,8 @@ class GatedTable:
         history, candidate = store.history, self._candidate
         history.arrive(step)
         candidate.step, candidate.snr, candidate.prompt_length = step, facts.snr, facts.prompt_length
+        candidate.latent_norm = facts.latent_norm
+        policy, asked, rows = self._policy, list[int](), list[list[float]]()
         reuse, age, computing = table.reuse[step], table.age[step], self._computing[step]
         outcomes, reasons = list(computing), list(table.reason[step])
         for site, source in enumerate(store.step):
@@ -123,6 +134,14 @@ class GatedTable:
                     if not reasons[site]:
                         outcomes[site], reasons[site] = Outcome.REUSE, "reuse"
                         history.reuses[site] += 1
+                        if policy is not None:
+                            asked.append(site)
+                            rows.append(policy.row(candidate))
+        if policy is not None and asked:  # once, for all sites
+            for site, allowed in zip(asked, policy.allow(rows), strict=True):
+                if not allowed:
+                    outcomes[site], reasons[site] = computing[site], policy.reason
+                    history.reuses[site] -= 1
         history.measuring = [
             (site, store.step[site] != EMPTY) for site, outcome in enumerate(outcomes) if outcome is Outcome.MEASURE
         ]

@@ -16,6 +16,7 @@ from dqar_fx.runtime.cache import EMPTY, BufferPool, Store
 from dqar_fx.runtime.clock import NEW_GENERATION, Clock, Move, Tick
 from dqar_fx.runtime.conditioning import Conditioning, Inputs, Relation, same_memory, version
 from dqar_fx.runtime.decisions import Decision, Measured
+from dqar_fx.runtime.latents import LatentNorms
 from dqar_fx.runtime.program import CapturedGraph, Outcomes
 from dqar_fx.runtime.prompt import Prompt
 
@@ -35,11 +36,12 @@ def _identical(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What gates are told of a step: its signal-to-noise ratio, how many tokens the prompt has, and (where branches
-    share) the generation it is of."""
+    """What gates are told of a step: its signal-to-noise ratio, the prompt's tokens, the norm of the latents, and (where
+    branches share) the generation it is of."""
 
     snr: float = math.nan
     prompt_length: int | None = None
+    latent_norm: float = math.nan
     generation: Generation | None = None
 
 
@@ -130,6 +132,7 @@ class Generation:
     num_steps: int | None = None  # as given by hand
     prompt_length: int | None = None  # as given by hand
     prompt: Prompt | None = None  # as read off the encoder's mask
+    latents: LatentNorms | None = None  # for a policy
     explicit: bool = False  # delimited by the caller: what runs inside belongs together, whatever it is conditioned on
     is_shared: bool = False  # ... unless calls from elsewhere may have come in
     clock: Clock = field(default_factory=Clock)
@@ -294,6 +297,7 @@ class Generation:
     def _forget(self) -> None:
         self.prompt = None
         self._first = None
+        self.latents = None
         self._weights.clear()
         self.conditioning.clear()
         self.clock.clear()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ from diffusers import DDIMScheduler, PixArtTransformer2DModel
 from torch import Tensor, nn
 
 import dqar_fx
-from dqar_fx import CacheConfig, ChangeGate, EntropyGate, GateError, Gates, Schedule, SnrGate
+from dqar_fx import CacheConfig, ChangeGate, EntropyGate, GateError, Gates, Policy, Schedule, SnrGate
 from dqar_fx.graph.specialise import Outcome
+from dqar_fx.policy import FEATURES
 from tests.counting import CountsReads
 from tests.models import make_dit, sample, timestep
 
@@ -411,3 +413,196 @@ def test_gates_as_options_of_the_backend() -> None:
 def test_something_else_in_the_place_of_gates() -> None:
     with pytest.raises(dqar_fx.RuntimeStateError, match=r"gates is a EntropyGate. Pass a dqar_fx.Gates"):
         dqar_fx.optimize(make_dit(), SCHEDULE, gates=EntropyGate())  # type: ignore[arg-type]
+
+
+def policy_of(odds: float, **settings: Any) -> Policy:
+    """A policy of the default features whose answer is always the same."""
+    return Policy(
+        weights=(np.zeros((1, 5)),), biases=(np.array([odds]),), mean=np.zeros(5), std=np.ones(5),
+        low=np.full(5, -100.0), high=np.full(5, 100.0), **settings,
+    )  # fmt: skip
+
+
+def run_with_policy(
+    gates: Gates | None, schedule: Schedule = SCHEDULE, steps: int = STEPS, **settings: Any
+) -> tuple[Tensor, dqar_fx.Runtime]:
+    """As ``run``, by a scheduler, so that the noise level is known."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(steps)
+    settings = {"backend": "eager", "scheduler": scheduler, **settings}
+    model = dqar_fx.optimize(make_dit(), schedule, gates=gates, **settings)
+    x, labels, found = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2]), []
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            noise = model(x, timestep=t.expand(2), class_labels=labels).sample
+            x = x - 0.2 * noise
+            found.append(x)
+    return torch.stack(found), dqar_fx.runtime(model)
+
+
+class Asked:
+    """Stands in for a policy: allows everything, and keeps what it was asked."""
+
+    min_probability = 0.5
+
+    def __init__(self, *features: str) -> None:
+        self.features = features or FEATURES
+        self.rows: list[Any] = []
+
+    def probabilities(self, rows: Any) -> Any:
+        self.rows.append(rows)
+        return np.ones(len(rows))
+
+
+def test_a_policy_that_allows_everything_is_the_static_run() -> None:
+    static, plain = run_with_policy(None)
+    gated, runtime = run_with_policy(Gates(entropy=None, snr=None, policy=policy_of(3.0)))
+    assert torch.equal(gated, static)
+    assert runtime.stats.decisions == plain.stats.decisions
+    assert runtime.stats.reused > 0
+
+
+def test_a_policy_blocks_alone_and_says_so() -> None:
+    static, plain = run_with_policy(None)
+    gated, runtime = run_with_policy(Gates(entropy=None, snr=None, policy=policy_of(-3.0)))
+    assert not torch.equal(gated, static)
+    assert runtime.stats.reused == 0
+    assert Counter(d.reason for d in runtime.stats.decisions)["policy"] > 0
+    blocked = {
+        d.reason for d, p in zip(runtime.stats.decisions, plain.stats.decisions, strict=True) if d.action != p.action
+    }
+    assert blocked == {"policy"}
+    nothing, _ = run_with_policy(None, Schedule.none(STEPS))
+    assert torch.equal(gated, nothing)
+
+
+def test_a_policy_is_asked_once_a_step_for_what_the_other_gates_let_pass() -> None:
+    asked = Asked("step", "site", "age", "reuses")
+    gates = Gates(entropy=None, max_reuse=2, policy=asked)
+    _, runtime = run_with_policy(gates, Schedule.always(STEPS))
+    steps = [set(rows[:, 0].tolist()) for rows in asked.rows]
+    assert all(len(step) == 1 for step in steps)
+    assert len({step.pop() for step in steps}) == len(asked.rows)
+    reads = {(d.step, d.site) for d in runtime.stats.decisions if d.action == "reuse"}
+    rows = [tuple(row) for rows in asked.rows for row in rows.tolist()]
+    assert {(step, site) for step, site, _, _ in rows} == reads
+    assert {(age, reuses) for _, _, age, reuses in rows} == {(1, 0), (2, 1)}
+    assert reasons(runtime)["budget"] > 0
+
+
+def test_a_policy_is_told_what_the_reference_says() -> None:
+    asked = Asked("step", "site", *FEATURES)
+    gates = Gates(entropy=None, snr=None, policy=asked)
+    latents, runtime = run_with_policy(gates, Schedule.always(STEPS, warmup=2), cache=CacheConfig(dtype="native"))
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    abar = scheduler.alphas_cumprod.double()[scheduler.timesteps].numpy()
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    norms = [float(x.double().flatten(1).norm(dim=1).mean()) for x in (start, *latents)]
+    measured = {(m.step, m.site): m.entropy for m in runtime.stats.measurements}
+    rows = {(int(row[0]), int(row[1])): row[2:] for rows in asked.rows for row in rows}
+    assert len(rows) == SITES * (STEPS - 2)
+    for (step, site), (entropy, log_snr, log_norm, progress, prompt) in rows.items():
+        assert entropy == measured[max(t for t, s in measured if s == site and t <= step - 2), site]
+        assert log_snr == pytest.approx(math.log(abar[step] / (1 - abar[step])), abs=1e-5)
+        assert log_norm == pytest.approx(math.log(norms[step - 2]), abs=1e-5)
+        assert (progress, prompt) == (step / STEPS, 0)
+
+
+@pytest.mark.parametrize("gate", [None, EntropyGate(100.0), EntropyGate(100.0, normalize="keys")], ids=str)
+def test_a_policy_and_the_gate_on_entropy_share_one_measurement(gate: EntropyGate | None) -> None:
+    asked = Asked("step", "site", "entropy")
+    _, runtime = run_with_policy(Gates(entropy=gate, snr=None, policy=asked), Schedule.always(STEPS, warmup=3))
+    plain = make_dit()
+    step = [-1]
+    plain.register_forward_pre_hook(lambda *_: step.__setitem__(0, step[0] + 1))
+    found = {(int(s), int(site)): entropy for rows in asked.rows for s, site, entropy in rows.tolist()}
+    expected = first_entropies(plain)
+    for site in range(SITES):
+        assert found[3, site] == pytest.approx(expected[site] / math.log(16), abs=2e-4)
+    assert len(runtime.graphs[0].measures) == 1
+
+
+def first_entropies(model: nn.Module) -> list[float]:
+    """Of each attention at step 1 of ``run_with_policy``, in nats a row."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(STEPS)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([1, 2])
+    with torch.no_grad():
+        x = x - 0.2 * model(x, timestep=scheduler.timesteps[0].expand(2), class_labels=labels).sample
+    found: list[float] = []
+    attend = F.scaled_dot_product_attention
+
+    def measured(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weights = ((query @ key.transpose(-1, -2)).double() / math.sqrt(query.shape[-1])).softmax(-1)
+        found.append(float(torch.special.entr(weights).sum(-1).mean()))
+        return attend(query, key, value, *args, **kwargs)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", measured), torch.no_grad():
+        model(x, timestep=scheduler.timesteps[1].expand(2), class_labels=labels)
+    return found
+
+
+def test_where_nothing_is_known_yet_a_policy_computes() -> None:
+    _, runtime = run_with_policy(Gates(entropy=None, snr=None, policy=policy_of(9.0)), Schedule.always(STEPS))
+    assert [d.reason for d in runtime.stats.decisions if d.site == 0][:3] == ["warmup", "policy", "reuse"]
+    free = Asked("progress", "prompt")  # ... unless it does not ask for what has to be measured
+    _, runtime = run_with_policy(Gates(entropy=None, snr=None, policy=free), Schedule.always(STEPS))
+    assert [d.reason for d in runtime.stats.decisions if d.site == 0][:3] == ["warmup", "reuse", "reuse"]
+    assert not runtime.stats.measurements
+
+
+def test_a_policy_that_has_to_be_told_the_noise_level_needs_a_scheduler() -> None:
+    with pytest.raises(GateError, match=r"Gates\.policy is Policy\(.*scheduler=pipe.scheduler.*policy=None"):
+        dqar_fx.optimize(make_dit(), SCHEDULE, gates=Gates(policy=policy_of(0.0)))
+    gates = Gates(entropy=None, policy=Asked("progress", "log_norm"))
+    _, runtime = run(gates)
+    assert runtime.stats.reused > 0
+
+
+def test_without_a_policy_nothing_of_it_runs() -> None:
+    with mock.patch("dqar_fx.runtime.gating.LatentNorms") as norms:
+        _, gated = run_with_policy(Gates(entropy=EntropyGate(WIDE), max_reuse=1))
+    assert not norms.called
+    assert gated.graphs[0].measures == {"entropy:row:256"}
+    _, plain = run_with_policy(None)
+    _, free = run_with_policy(Gates(entropy=None, snr=None, policy=Asked("progress")))
+
+    def code(runtime: dqar_fx.Runtime) -> set[str]:
+        return {step.variant.gm.code for step in runtime.graphs[0]._steps.values()}
+
+    assert code(free) == code(plain)
+
+
+def test_a_policy_reads_nothing_from_the_device() -> None:
+    gates = Gates(entropy=None, snr=None, policy=policy_of(0.1, min_probability=0.5))
+    model, generate = gated_by_scheduler("cpu", gates)
+    generate()
+    with CountsReads() as mode:
+        generate()
+    assert mode.reads == 0
+    assert dqar_fx.runtime(model).stats.reused > 0
+
+
+def test_the_norms_of_one_run_do_not_reach_the_next() -> None:
+    asked = Asked("step", "log_norm")
+    model, generate = gated_by_scheduler("cpu", Gates(entropy=None, snr=None, policy=asked))
+    generate()
+    first = [rows.tolist() for rows in asked.rows]
+    asked.rows.clear()
+    generate()
+    assert [rows.tolist() for rows in asked.rows] == first
+    assert dqar_fx.runtime(model).stats.reused > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_a_policy_waits_for_nothing() -> None:
+    model, generate = gated_by_scheduler("cuda", Gates(entropy=None, snr=None, policy=policy_of(1.0)))
+    generate()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        generate()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert dqar_fx.runtime(model).stats.reused > 0
