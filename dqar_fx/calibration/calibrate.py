@@ -214,8 +214,12 @@ class Calibration:
         )
 
     def measure(self, candidate: Candidate, seeds: Sequence[int]) -> Loss:
-        """Run it."""
-        return self._real_runs.loss(Plan(candidate.reuse), seeds)
+        """What it does to the samples of ``seeds``, by running it."""
+        return self.measure_plan(Plan(candidate.reuse), seeds)
+
+    def measure_plan(self, plan: Plan, seeds: Sequence[int]) -> Loss:
+        """What a plan does to the samples of ``seeds``, by running it."""
+        return self._real_runs.loss(plan, seeds)
 
     def first_order_psnr(self, candidate: Candidate) -> float:
         """The PSNR that the coefficients alone predict."""
@@ -326,13 +330,18 @@ class Calibration:
 
     def _bisect(self, found: Sequence[Candidate], budget: Budget) -> int:
         """The last of ``found``, which save ever more, that keeps to the budget."""
-        low, high = -1, len(found)  # low keeps to the budget, high does not
+
+        def keeps(index: int, seeds: Sequence[int]) -> bool:
+            return _keeps(self.measure(found[index], seeds), budget)
+
+        low, high = -1, len(found)  # low keeps to the budget, high does not, as far as the first seeds tell
         while high - low > 1:
             middle = (low + high) // 2
-            if _keeps(self.measure(found[middle], self._judges), budget):
-                low = middle
-            else:
-                high = middle
+            low, high = (middle, high) if keeps(middle, self.seeds) else (low, middle)
+        while low + 1 < len(found) and keeps(low + 1, self._judges):
+            low += 1
+        while low >= 0 and not keeps(low, self._judges):
+            low -= 1
         if low < 0:
             least = self.measure(found[0], self._judges)
             raise CalibrationError(

@@ -197,8 +197,8 @@ def load(model: str, device: torch.device) -> Painter:
     return Pipeline(load_pipeline(model, device), model)
 
 
-def load_pipeline(model: str, device: torch.device) -> DiTPipeline:
-    """A ``DiTPipeline`` from a folder or the hub; in half precision on a GPU.
+def load_pipeline(model: str, device: torch.device, kind: Any = None) -> Any:
+    """A pipeline (by default a ``DiTPipeline``) from a folder or the hub; in half precision on a GPU.
 
     Raises:
         CommandError: it cannot be loaded; the message says why, and what to do without a network.
@@ -206,11 +206,12 @@ def load_pipeline(model: str, device: torch.device) -> DiTPipeline:
     import torch
     from diffusers import DiTPipeline
 
+    kind = DiTPipeline if kind is None else kind
     try:
-        pipe = DiTPipeline.from_pretrained(model)
+        pipe = kind.from_pretrained(model)
     except Exception as error:  # of many kinds: no network, no access, nothing there, damaged, another pipeline
         if Path(model).is_dir():
-            advice = "The folder must hold a DiT pipeline as DiTPipeline.save_pretrained writes it"
+            advice = f"The folder must hold a {kind.__name__} as its save_pretrained writes it"
         else:
             advice = (
                 f"Without a network: fetch it where there is one (hf download {model} --local-dir FOLDER) and give "

@@ -36,8 +36,8 @@ def _identical(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What gates are told of a step: its signal-to-noise ratio, the prompt's tokens, the norm of the latents, and (where
-    branches share) the generation it is of."""
+    """What gates are told of a step: its signal-to-noise ratio, the prompt's tokens, the norm of the latents, and
+    (where branches share) the generation it is of."""
 
     snr: float = math.nan
     prompt_length: int | None = None

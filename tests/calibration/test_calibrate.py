@@ -1,6 +1,7 @@
 """``calibrate`` from end to end, on the shipped model: what it finds, what it promises, and what it refuses."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,10 @@ import dqar_fx
 from dqar_fx import CacheConfig, CalibrationError, Plan, PlanError, Schedule, calibrate, digits
 from dqar_fx.calibration.budget import Budget
 from dqar_fx.calibration.calibrate import Calibration
-from dqar_fx.calibration.runs import Runs
 from tests.models import make_dit
 from tests.pipelines.builders import BUILDERS, Request
 
-STEPS, IMAGES = 10, 6
+STEPS, IMAGES = 8, 5
 SEEDS = range(3)
 
 
@@ -31,20 +31,14 @@ class Sampler:
         return digits.sample(model, classes=range(IMAGES), seed=seed, num_steps=self.steps, scheduler=self.scheduler)
 
 
-def psnr(model: nn.Module, sample: Sampler, plan: Plan, seeds: range) -> float:
-    runs = Runs(model, sample, STEPS, {"backend": "eager", "scheduler": sample.scheduler}, lambda: None)
-    runs.data_range = 2.0
-    found = runs.loss(plan, list(seeds)).psnr
-    runs.close()
-    return found
-
-
 @pytest.fixture(scope="module")
-def calibration() -> Calibration:
-    sample = Sampler()
-    return Calibration(
-        digits.load(), sample, num_steps=STEPS, seeds=SEEDS, scheduler=sample.scheduler, backend="eager", progress=False
-    )
+def calibration() -> Iterator[Calibration]:
+    sample, model = Sampler(), digits.load()
+    with Calibration(
+        model, sample, num_steps=STEPS, seeds=SEEDS, scheduler=sample.scheduler, backend="eager", progress=False
+    ) as found:
+        yield found
+    assert model._compiled_call_impl is None  # as it was
 
 
 def test_a_plan_saves_what_was_asked_and_is_better_than_a_rule(calibration: Calibration) -> None:
@@ -52,12 +46,10 @@ def test_a_plan_saves_what_was_asked_and_is_better_than_a_rule(calibration: Cali
     plan = calibration.choose(f"reuse={rule.reuse_ratio}")
     assert plan.reuse_ratio >= rule.reuse_ratio
     assert plan.calibration is not None
-    calibration.close()
-    sample = Sampler()
     unseen = range(50, 53)
-    assert psnr(calibration.model, sample, plan, unseen) > psnr(calibration.model, sample, rule, unseen) + 2
-    # What the coefficients say, before anything ran, is what the real runs show; three seeds of six images.
-    assert abs(plan.calibration["first_order_psnr"] - plan.calibration["predicted"]["psnr"]) < 2
+    assert calibration.measure_plan(plan, unseen).psnr > calibration.measure_plan(rule, unseen).psnr + 2
+    # What the coefficients say, before anything ran, is near what real runs show, also at eight coarse steps.
+    assert abs(plan.calibration["first_order_psnr"] - plan.calibration["predicted"]["psnr"]) < 4
     assert plan.calibration["verified"]["seeds"] == len(SEEDS)
     assert plan.calibration["speedup_in_flop"] > 1
 
@@ -70,28 +62,30 @@ def test_a_budget_is_kept_on_unseen_seeds(calibration: Calibration, budget: str)
     unseen = plan.calibration["unseen_seeds"]
     assert not set(unseen) & set(calibration.seeds)
     if budget.startswith("psnr"):
-        assert 32 <= verified["psnr"] < 36
+        assert 32 <= verified["psnr"] < 38
     else:
         assert 0.03 < verified["rel_error"] <= 0.1
-    calibration.close()
 
 
 def test_a_speedup_is_counted_in_flop(calibration: Calibration) -> None:
     plan = calibration.choose("speedup=1.15")
     assert plan.calibration is not None
     assert 1.15 <= plan.calibration["speedup_in_flop"] < 1.25
-    calibration.close()
 
 
 @pytest.mark.parametrize(
-    ("budget", "best"), [("psnr=500", "even the plan that reuses least"), ("speedup=3", "can be reached is 1."), ("reuse=0.99", "can be reached is 0.")]
-)  # fmt: skip
+    ("budget", "best"),
+    [
+        ("psnr=500", "even the plan that reuses least"),
+        ("speedup=3", "can be reached is 1."),
+        ("reuse=0.99", "can be reached is 0."),
+    ],
+)
 def test_what_nothing_can_keep_to_is_refused_with_the_best_there_is(
     calibration: Calibration, budget: str, best: str
 ) -> None:
     with pytest.raises(CalibrationError, match=best):
         calibration.choose(budget)
-    calibration.close()
 
 
 @pytest.mark.parametrize(
@@ -137,26 +131,28 @@ class StoppedError(Exception):
 
 def test_an_interrupted_calibration_goes_on_where_it_stopped(tmp_path: Path) -> None:
     class Stopping(Sampler):
+        stops = True
+
         def __call__(self, model: nn.Module, seed: int) -> Tensor:
-            if seed == 2 and 2 not in self.seeds:
-                self.seeds.append(seed)
+            if seed == 2 and self.stops:
                 raise StoppedError
             return super().__call__(model, seed)
 
     model, sample = digits.load(), Stopping(4)
-    settings = {"num_steps": 4, "seeds": SEEDS, "folder": tmp_path, "progress": False}
+    folder = tmp_path / "records"
+    settings = {"num_steps": 4, "seeds": SEEDS, "progress": False}
     with pytest.raises(StoppedError):
-        Calibration(model, sample, **settings)
+        Calibration(model, sample, folder=folder, **settings)
     assert model._compiled_call_impl is None
-    (tmp_path / "seed-1.npz").write_bytes(b"half of it")  # as a machine that lost its power leaves it
-    sample.seeds[3:] = []
-    done = len(sample.seeds)
-    resumed = Calibration(model, sample, **settings)
-    assert sample.seeds[done:] == [1, 2]
-    whole = Calibration(model, Sampler(4), **{**settings, "folder": None})
-    assert np.allclose(resumed.coefficients, whole.coefficients, rtol=1e-3, atol=1e-9)
+    first = np.load(folder / "seed-0.npz")["coefficients"]
+    (folder / "seed-1.npz").write_bytes(b"half of it")  # as a machine that lost its power leaves it
+    sample.stops, sample.seeds = False, []
+    resumed = Calibration(model, sample, folder=folder, **settings)
+    assert sample.seeds == [1, 2]
+    assert (resumed.coefficients[: len(first)] == first).all()
+    assert len(resumed.coefficients) == 3 * len(first)
     with pytest.raises(CalibrationError, match="holds another calibration"):
-        Calibration(model, sample, **{**settings, "cache": CacheConfig(dtype="int4")})
+        Calibration(model, sample, folder=folder, cache=CacheConfig(dtype="int4"), **settings)
 
 
 def test_other_numbers_of_steps_and_too_few_seeds_are_refused() -> None:

@@ -94,10 +94,7 @@ def derivative(model: nn.Module, sample: Sampler, step: int, site: int, age: int
 
 
 @pytest.mark.parametrize(("sample", "calls"), [(batched, 1), (in_turn, 2)])
-@pytest.mark.parametrize(("step", "site", "age"), [(1, 0, 1), (2, 1, 2), (3, 2, 1), (3, 0, 2)])
-def test_coefficients_are_the_projected_derivatives_of_each_sample(
-    sample: Sampler, calls: int, step: int, site: int, age: int
-) -> None:
+def test_coefficients_are_the_projected_derivatives_of_each_sample(sample: Sampler, calls: int) -> None:
     model = make_double()
     sweep = sweep_of(model, sample)
     final = sweep.forwards(0)
@@ -106,9 +103,10 @@ def test_coefficients_are_the_projected_derivatives_of_each_sample(
     found = sweep.backwards(torch.Generator().manual_seed(5))
     assert found.shape == (BATCH, STEPS, SITES, MAX_AGE + 1)
     weights = torch.randn(final.shape, generator=torch.Generator().manual_seed(5)).double()
-    expected = (weights * derivative(model, sample, step, site, age, calls)).flatten(1).sum(1)
-    # The products are taken in float32; what is left of them is a difference.
-    assert torch.allclose(torch.tensor(found[:, step, site, age]), expected, rtol=2e-2, atol=1e-6)
+    for step, site, age in ((1, 0, 1), (2, 1, 2), (3, 2, 1), (3, 0, 2)):
+        expected = (weights * derivative(model, sample, step, site, age, calls)).flatten(1).sum(1)
+        # The products are taken in float32; what is left of them is a difference.
+        assert torch.allclose(torch.tensor(found[:, step, site, age]), expected, rtol=2e-2, atol=1e-6)
 
 
 def test_an_age_that_a_step_cannot_have_costs_nothing_and_the_sampler_keeps_no_trace() -> None:
@@ -126,12 +124,11 @@ def test_an_age_that_a_step_cannot_have_costs_nothing_and_the_sampler_keeps_no_t
 def test_what_quantisation_adds_is_part_of_it() -> None:
     model = make_double()
     rows = []
-    for cache in (CacheConfig(dtype="native"), CacheConfig(), CacheConfig(dtype="int4")):
+    for cache in (CacheConfig(dtype="native"), CacheConfig()):
         sweep = sweep_of(model, batched, cache)
         sweep.forwards(0)
         rows.append(torch.tensor(sweep.backwards(torch.Generator().manual_seed(1))))
-    native, int8, int4 = rows
-    assert 0 < (int8 - native).norm() < (int4 - native).norm() / 4
+    assert 0 < (rows[1] - rows[0]).norm() < rows[0].norm() / 10
 
 
 def through_numpy(model: nn.Module, seed: int) -> Tensor:
