@@ -97,16 +97,21 @@ def machine(device: torch.device) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def finish(rows: list[dict[str, Any]], columns: Sequence[str], device: torch.device, output: Path) -> None:
-    """Write one JSON record per row and print the same rows as a table."""
-    where = {
+def where(device: torch.device) -> dict[str, str]:
+    """On what, of what, and when something was measured."""
+    return {
         "device": str(device),
         "machine": machine(device),
         "torch": torch.__version__,
         "commit": commit(),
         "date": str(date.today()),
     }
+
+
+def finish(rows: list[dict[str, Any]], columns: Sequence[str], device: torch.device, output: Path) -> None:
+    """Write one JSON record per row and print the same rows as a table."""
+    origin = where(device)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("".join(json.dumps({**row, **where}) + "\n" for row in rows))
+    output.write_text("".join(json.dumps({**row, **origin}) + "\n" for row in rows))
     print(tabulate([[row.get(c) for c in columns] for row in rows], headers=columns, floatfmt=".4g"))
-    print(f"{where['machine']}, torch {where['torch']}, {where['date']}, commit {where['commit']} -> {output}")
+    print(f"{origin['machine']}, torch {origin['torch']}, {origin['date']}, commit {origin['commit']} -> {output}")

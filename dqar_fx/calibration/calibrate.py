@@ -229,6 +229,11 @@ class Calibration:
         return 10 * math.log10(self._real_runs.data_range**2 / mse) if mse else math.inf
 
     @property
+    def generations(self) -> int:
+        """How many generations were run so far, without those of the sweeps."""
+        return self._runs.count if self._runs is not None else 0
+
+    @property
     def _real_runs(self) -> Runs:
         if self._runs is None:
             self._runs = Runs(self.model, self._sample, self.num_steps, self._settings, self._tell)
