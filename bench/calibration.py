@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"{r['reuse']:.2f}",
                     f"{r['unseen']['psnr']:.1f}",
                     f"{r['predicted']['rel_error'] / r['unseen']['rel_error']:.2f}",
-                ]  # fmt: skip
+                ]
                 for r in rows
             ],
             headers=["rule", "reused", "PSNR dB", "calibrated", "PSNR dB", "predicted / measured error"],
@@ -145,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"rank correlation of predicted with real error, {len(pairs)} random plans: {correlation:.3f}")
     print(
-        f"sweep: {sweep:.0f} s, {sweep / one:.0f} generations; INT8 {inexact['psnr']:.2f}, native {exact['psnr']:.2f} dB"
+        f"sweep: {sweep:.0f} s, {sweep / one:.0f} generations; INT8 {inexact['psnr']:.2f} dB, "
+        f"native {exact['psnr']:.2f} dB"
     )
 
 

@@ -40,11 +40,14 @@ def test_every_example_has_a_main_and_says_what_it_shows(name: str) -> None:
 
 def test_no_example_is_left_out() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
+        "calibrate",
         "compile_backend",
         "dit",
         "gates",
+        "keys_values",
         "minimal_loop",
         "own_model",
+        "policy",
         TRAINING,
     }
 
@@ -107,3 +110,28 @@ def test_minimal_loop_compiles_nothing() -> None:
     text = (EXAMPLES / "minimal_loop.py").read_text(encoding="utf-8").partition('"""\n\nfrom')[2]
     assert "diffusers" not in text
     assert "compile" not in text
+
+
+def test_calibrate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    load("calibrate").main(["--backend", "eager", "--steps", "5", "--seeds", "2", "--output", str(path)])
+    output = capsys.readouterr().out
+    assert "53.3% reused" in output
+    assert "reused 53%" in output
+    assert '"calibration"' in path.read_text()
+
+
+def test_keys_values(capsys: pytest.CaptureFixture[str]) -> None:
+    load("keys_values").main(["--backend", "eager", "--steps", "6"])
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert rows["int8"][:2] == ["6", "0"]
+    assert rows["kv:int8"][:2] == rows["kv:native"][:2] == ["6", "3"]  # cross-attention on the prompt
+    assert float(rows["kv:native"][3]) > float(rows["kv:native/int8"][3]) > float(rows["kv:int8"][3])
+    assert 0 < float(rows["kv:native"][4]) < 0.1
+
+
+def test_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    load("policy").main(["--backend", "eager", "--steps", "6", "--seeds", "3", "--runs", "6", "--images", "2"])
+    output = capsys.readouterr().out
+    assert "18 reads measured" in output
+    assert " dB" in output
