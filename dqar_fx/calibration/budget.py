@@ -16,7 +16,7 @@ class Budget:
     """One number that the plan has to keep to.
 
     * ``psnr``: at least so many dB on average, of the final samples against those without reuse.
-    * ``rel_error``: at most this relative L2 error on average.
+    * ``rel_error``: at most this relative L2 error, as a geometric mean.
     * ``speedup``: at least this factor, counted in FLOP.
     * ``reuse``: at least this share of all attentions.
     """

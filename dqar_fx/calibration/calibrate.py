@@ -397,7 +397,7 @@ def calibrate(
             a floating point tensor, samples first. Beside a pipeline, the arguments of its call as a dict; its latents
             are compared. Gradients must get through it; ``torch.no_grad()`` does no harm, ``inference_mode`` does.
         budget: ``"psnr=30"`` (dB, at least, against the same samples without reuse; mean over seeds),
-            ``"rel_error=0.05"`` (at most), ``"speedup=1.3"`` (counted in FLOP) or ``"reuse=0.6"``.
+            ``"rel_error=0.05"`` (at most, geometric mean), ``"speedup=1.3"`` (counted in FLOP) or ``"reuse=0.6"``.
         num_steps: of a generation: at how many timesteps the model is called.
         seeds: to learn from, at least two.
         cache: how stored values look; its quantisation error is part of what is measured.

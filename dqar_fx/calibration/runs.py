@@ -25,7 +25,8 @@ class Loss:
     Attributes:
         psnr: dB, mean over seeds; infinite where nothing changed.
         psnr_error: its standard error.
-        rel_error: ``|with - without| / |without|`` (L2), mean over seeds.
+        rel_error: ``|with - without| / |without|`` (L2), geometric mean over seeds, as the mean of dB is one: the
+            arithmetic one is that of the worst few.
         seeds: how many.
     """
 
@@ -81,7 +82,9 @@ class Runs:
         found = [self._error(plan, seed) for seed in seeds]
         psnr = np.array([10 * math.log10(self.data_range**2 / mse) if mse else math.inf for mse, _ in found])
         spread = float(psnr.std(ddof=1) / math.sqrt(len(psnr))) if len(psnr) > 1 and np.isfinite(psnr).all() else 0.0
-        return Loss(float(psnr.mean()), spread, float(np.mean([relative for _, relative in found])), len(found))
+        relative = np.array([relative for _, relative in found])
+        geometric = float(np.exp(np.log(relative).mean())) if relative.all() else 0.0
+        return Loss(float(psnr.mean()), spread, geometric, len(found))
 
     def _error(self, plan: Plan, seed: int) -> tuple[float, float]:
         """Mean squared error per element, and relative error."""
