@@ -124,15 +124,16 @@ class Calibration:
             for named in (self.model.named_parameters, self.model.named_buffers)
             for name, _ in named(remove_duplicate=False)
         )
-        runtime.latents = next((name for name in names if name != timestep[0]), "")
+        latents = next(((name, i) for i, name in enumerate(names) if name != timestep[0]), ("", -1))
+        runtime.latents = latents[0]
         tapped = TappedModel(self.model, runtime)
         found: list[Coefficients] = []
         with self._bar("what each reuse would cost", len(self.seeds)) as advance:
             for seed in self.seeds:
-                found.append(self._coefficients(seed, tapped, timestep))
+                found.append(self._coefficients(seed, tapped, timestep, latents))
                 advance()
         if not tapped.graphs:  # all of it was on record: capture the model all the same, for its sites
-            Sweep(self.model, tapped, self._sample, timestep, 1).forwards(self.seeds[0])
+            Sweep(self.model, tapped, self._sample, timestep, latents, 1).forwards(self.seeds[0])
         self.coefficients = np.concatenate(found)
         if len(self.coefficients) < FEW_PROJECTIONS:
             warnings.warn(
@@ -144,12 +145,14 @@ class Calibration:
         self.sites = tuple(region.site for graph in self.graphs for region in graph.regions)
         self.work = Work([g.captured for g in self.graphs], [g.regions for g in self.graphs], self.cache)
 
-    def _coefficients(self, seed: int, tapped: TappedModel, timestep: tuple[str, int]) -> Coefficients:
+    def _coefficients(
+        self, seed: int, tapped: TappedModel, timestep: tuple[str, int], latents: tuple[str, int]
+    ) -> Coefficients:
         if self._records is not None:
             known = self._records.sweep(seed)
             if known is not None:
                 return known
-        sweep = Sweep(self.model, tapped, self._sample, timestep, self._max_age)
+        sweep = Sweep(self.model, tapped, self._sample, timestep, latents, self._max_age)
         sweep.forwards(seed)
         if sweep.num_steps != self.num_steps:
             raise CalibrationError(

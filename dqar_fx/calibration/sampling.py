@@ -62,10 +62,13 @@ def _of_pipeline(pipe: Any, arguments: Mapping[str, Any]) -> Sampler:
             raise _DecodedError(latents)
 
         vae = getattr(pipe, "vae", None)
+        given = dict(arguments)
         if vae is not None:
             vae.decode = stop  # not all pipelines can be asked for their latents
+        else:
+            given.setdefault("output_type", "latent")
         try:
-            result = pipe(**arguments, generator=torch.Generator().manual_seed(seed))
+            result = pipe(**given, generator=torch.Generator().manual_seed(seed))
         except _DecodedError as found:
             return found.latents
         finally:

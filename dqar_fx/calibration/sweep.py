@@ -38,9 +38,9 @@ class _Call:
 
     step: int
     index: int  # among the calls of its step
-    leaves: tuple[Any, ...]
+    leaves: tuple[Any, ...]  # of its arguments
+    followed: frozenset[int]  # the leaves that gradients are followed to: the latents, and what comes from them
     spec: pytree.TreeSpec
-    results: pytree.TreeSpec
 
     @property
     def key(self) -> tuple[int, int]:
@@ -64,16 +64,23 @@ class Sweep:
         tapped: the same, with taps.
         sample: ``sample(model, seed)`` runs a generation and returns what is to be kept close.
         timestep: name and position of the model's timestep argument.
+        latents: the same of its latents.
         max_age: largest age of a stored value that is looked at, in steps.
     """
 
     def __init__(
-        self, model: nn.Module, tapped: TappedModel, sample: Sampler, timestep: tuple[str, int], max_age: int
+        self,
+        model: nn.Module,
+        tapped: TappedModel,
+        sample: Sampler,
+        timestep: tuple[str, int],
+        latents: tuple[str, int],
+        max_age: int,
     ) -> None:
         self._model = model
         self._tapped = tapped
         self._sample = sample
-        self._name, self._position = timestep
+        self._timestep_argument, self._latents = timestep, latents
         self._max_age = max_age
         self._calls: list[_Call] = []
         self._timestep: object = None
@@ -172,47 +179,47 @@ class Sweep:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """What the sampler calls."""
-        with torch._C.DisableTorchFunction():
-            value = kwargs.get(self._name)
-            if value is None and self._position < len(args):
-                value = args[self._position]
-            timestep = read_timestep(value)
+        with torch._C.DisableTorchFunction(), torch.enable_grad():
+            timestep = read_timestep(_argument(self._timestep_argument, args, kwargs))
             last = self._calls[-1] if self._calls else None
             again = last is not None and timestep == self._timestep
-            step = 0 if last is None else last.step + (not again)
             self._timestep = timestep
             leaves, spec = pytree.tree_flatten((args, kwargs))
-            # The sampler may write into what it passed; and what is no input of autograd is the same memory each time.
-            leaves = [x.clone() if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
-            index = last.index + 1 if last is not None and again else 0
-            holder: list[_Call] = []
-            flat = _Evaluate.apply(  # type: ignore[no-untyped-call]
-                self, (step, index, tuple(leaves), spec), holder, self._anchor, *leaves
+            latents = {id(x) for x in pytree.tree_leaves(_argument(self._latents, args, kwargs))}
+            followed = frozenset(
+                i
+                for i, x in enumerate(leaves)
+                if isinstance(x, Tensor) and x.is_floating_point() and (id(x) in latents or x.requires_grad)
             )
-            self._calls.append(holder[0])
-            return pytree.tree_unflatten(list(flat), holder[0].results)
+            # The sampler may write into what it passed; the rest is the same memory at every step.
+            leaves = [x.clone() if i in followed else x for i, x in enumerate(leaves)]
+            call = _Call(
+                0 if last is None else last.step + (not again),
+                last.index + 1 if last is not None and again else 0,
+                tuple(x.detach() if i in followed else x for i, x in enumerate(leaves)),
+                followed,
+                spec,
+            )
+            self._calls.append(call)
+            results: list[pytree.TreeSpec] = []
+            flat = _Evaluate.apply(self, call, results, self._anchor, *leaves)  # type: ignore[no-untyped-call]
+            return pytree.tree_unflatten(list(flat), results[0])
 
-    def evaluate(self, made: tuple[int, int, tuple[Any, ...], pytree.TreeSpec], holder: list[_Call]) -> tuple[Any, ...]:
+    def evaluate(self, call: _Call) -> tuple[tuple[Any, ...], pytree.TreeSpec]:
         """Run a call for the first time."""
-        step, index, leaves, spec = made
-        _, results, spec_out = self._run(leaves, spec, _Passing())
-        flat = [x.detach() if isinstance(x, Tensor) else x for x in results]
-        holder.append(_Call(step, index, leaves, spec, spec_out))
-        return tuple(flat)
+        _, results, spec = self._run(call, _Passing())
+        return tuple(x.detach() if isinstance(x, Tensor) else x for x in results), spec
 
-    def _run(
-        self, leaves: Sequence[Any], spec: pytree.TreeSpec, visitor: Any
-    ) -> tuple[list[Tensor | None], list[Any], pytree.TreeSpec]:
-        """The model on ``leaves``, with gradients on: the same graph, whether they are needed or not."""
+    def _run(self, call: _Call, visitor: Any) -> tuple[list[Tensor | None], list[Any], pytree.TreeSpec]:
+        """The model, with gradients on: the same graph, whether they are needed or not."""
         tracked: list[Tensor | None] = []
         given: list[Any] = []
         with torch.enable_grad():
-            for leaf in leaves:
-                needed = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1
-                source = leaf.detach().requires_grad_() if needed else None
+            for index, leaf in enumerate(call.leaves):
+                source = leaf.detach().requires_grad_() if index in call.followed else None
                 tracked.append(source)
                 given.append(leaf if source is None else source.clone())  # not a leaf: a model may write into it
-            args, kwargs = pytree.tree_unflatten(given, spec)
+            args, kwargs = pytree.tree_unflatten(given, call.spec)
             results, out = pytree.tree_flatten(self._tapped(visitor, args, kwargs))
         return tracked, results, out
 
@@ -238,7 +245,7 @@ class Sweep:
         second one does not see the first. Those of the inputs leave out nothing.
         """
         visitor = _Looking(self._anchor.to(gradients_device(gradients)))
-        tracked, results, _ = self._run(call.leaves, call.spec, visitor)
+        tracked, results, _ = self._run(call, visitor)
         pairs = [
             (r, g)
             for r, g in zip(results, gradients, strict=True)
@@ -246,7 +253,7 @@ class Sweep:
         ]
         outputs, given = [r for r, _ in pairs], [g for _, g in pairs]
         back: list[Tensor | None] = [None] * len(call.leaves)
-        wanted = [i for i, x in enumerate(call.leaves) if isinstance(x, Tensor) and x.requires_grad]
+        wanted = sorted(call.followed)
         if through and wanted and outputs:
             sources = [t for t in (tracked[i] for i in wanted) if t is not None]  # all of them
             found = torch.autograd.grad(outputs, sources, given, retain_graph=True, allow_unused=True)
@@ -310,11 +317,12 @@ class _Evaluate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sweep: Sweep, made: Any, holder: list[_Call], _anchor: Tensor, *_leaves: Any
+        ctx: Any, sweep: Sweep, call: _Call, specs: list[pytree.TreeSpec], _anchor: Tensor, *_leaves: Any
     ) -> tuple[Any, ...]:
-        results = sweep.evaluate(made, holder)
+        results, spec = sweep.evaluate(call)
+        specs.append(spec)
         ctx.set_materialize_grads(False)
-        ctx.sweep, ctx.call = sweep, holder[0]
+        ctx.sweep, ctx.call = sweep, call
         return results
 
     @staticmethod
@@ -448,6 +456,14 @@ class _Table:
         impossible = np.arange(self._shape[3])[None] > steps[:, None]
         self._values[:, impossible.nonzero()[0], :, impossible.nonzero()[1]] = 0
         return self._values
+
+
+def _argument(place: tuple[str, int], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """An argument of a call, however it was given."""
+    name, position = place
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    return args[position] if 0 <= position < len(args) else None
 
 
 def _what(value: object) -> str:

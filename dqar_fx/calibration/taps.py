@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dqar_fx.checks import check_parts
 from dqar_fx.compiled import isolation
@@ -41,7 +43,8 @@ class TappedModel:
         #: The graphs of the first call, in the order in which they ran.
         self.graphs: tuple[CapturedGraph, ...] = ()
         self._ran: list[CapturedGraph] = []
-        self._compiled = torch.compile(model._call_impl, backend=self._capture, dynamic=False, **isolation())
+        self._dynamic = True
+        self._compiled = self._compile()
 
     @property
     def num_sites(self) -> int:
@@ -51,16 +54,30 @@ class TappedModel:
     def __call__(self, visitor: Visitor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """One call of the model, every site of which is shown to ``visitor``."""
         self._visitor, self._sites, self._ran = visitor, 0, []
-        # As ``optimize`` does: sizes that depend on values stay in the graph.
-        settings = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
-        with settings, warnings.catch_warnings():
+        with warnings.catch_warnings():
             # Dynamo looks at the gradient of every input, and those that are no leaves have none.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-            result = self._compiled(*args, **kwargs)
+            # As ``optimize`` does: sizes that depend on values stay in the graph, unless Dynamo cannot trace it so.
+            result = self._run(args, kwargs) if self._dynamic else self._compiled(*args, **kwargs)
         self._visitor = None
         if not self.graphs:
             self.graphs = tuple(self._ran)
         return result
+
+    def _run(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        try:
+            with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+                return self._compiled(*args, **kwargs)
+        except (TorchDynamoException, GuardOnDataDependentSymNode):
+            if self.graphs:
+                raise
+            self._dynamic = False
+            self._runtime.forget_captures()
+            self._sites, self._ran, self._compiled = 0, [], self._compile()
+            return self._compiled(*args, **kwargs)
+
+    def _compile(self) -> Callable[..., Any]:
+        return torch.compile(self._model._call_impl, backend=self._capture, dynamic=False, **isolation())
 
     def _capture(self, gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         check_parts(self._model)

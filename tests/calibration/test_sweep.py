@@ -53,7 +53,7 @@ def sweep_of(model: nn.Module, sample: Sampler, cache: CacheConfig | None = None
     cache = CacheConfig(dtype="native") if cache is None else cache
     runtime = make_runtime(schedule=Schedule.none(STEPS), cache=cache, backend="eager")
     runtime.latents = "hidden_states"
-    return Sweep(model, TappedModel(model, runtime), sample, ("timestep", 1), MAX_AGE)
+    return Sweep(model, TappedModel(model, runtime), sample, ("timestep", 1), ("hidden_states", 0), MAX_AGE)
 
 
 @contextlib.contextmanager
