@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dqar_fx import __version__
 from dqar_fx.errors import DqarError
 
-COMMANDS = ("demo", "explain", "generate", "sweep")
+COMMANDS = ("demo", "evaluate", "explain", "generate", "sweep")
 USAGE_ERROR = 2  # as argparse exits
 INTERRUPTED = 130  # as a shell reports SIGINT
 
