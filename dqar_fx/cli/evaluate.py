@@ -200,9 +200,10 @@ def _configurations(args: argparse.Namespace) -> tuple[list[Configuration], int]
     plans = [schedule.num_steps for schedule in given if not isinstance(schedule, Schedule)]
     steps = args.steps or next(iter(plans), None) or next((schedule.num_steps for schedule in given), 50)
     found = []
+    short = [Path(text).name for text in texts]
     for text in dict.fromkeys(texts):
         schedule = models.parse_schedule(text, steps)
-        label = Path(text).name if text.endswith(".json") else text
+        label = Path(text).name if text.endswith(".json") and short.count(Path(text).name) == 1 else text
         found += [Configuration(f"{label} {cache}", {"schedule": schedule, "cache": cache}) for cache in caches]
     for name in names:
         if name != "baseline":  # that is what is always there: the model that nothing was done to

@@ -26,7 +26,7 @@ GROUPS = 10
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself only
 class Configuration:
     """One way to draw, and what was measured of it.
 

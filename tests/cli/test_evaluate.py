@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 
 import dqar_fx
 from dqar_fx import digits
-from dqar_fx.cli import main
+from dqar_fx.cli import evaluate, main, models
 from dqar_fx.evaluation import features, frechet_distance, squared_error, ssim
 from dqar_fx.presets import PRESETS
 
 STEPS, BATCH, SEEDS = 8, 8, (3, 4)
 INTERVAL = "interval:every=2,warmup=1"
+SOME = "baseline,scheduling_only,quant_cache_only"  # each is captured, which takes seconds; 'all' is planned below
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,14 +58,15 @@ def run(folder: Path, *options: str) -> Evaluation:
 def ablations(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     folder = tmp_path_factory.mktemp("evaluate") / "made" / "anew"
     sizes = ("--steps", str(STEPS), "--images", "16", "--batch", str(BATCH), "--seed", "3")
-    return run(folder, *sizes, "--ablations", "all", "--schedule", INTERVAL, "--no-timing")
+    return run(folder, *sizes, "--ablations", SOME, "--schedule", INTERVAL, "--no-timing")
 
 
 @pytest.fixture(scope="module")
 def timed(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     folder = tmp_path_factory.mktemp("timed")
-    sizes = ("--steps", "3", "--images", "128", "--batch", "64", "--guidance", "1")
-    return run(folder, *sizes, "--schedule", "always", "--cache", "native", "--rounds", "2", "--format", "markdown")
+    dqar_fx.Schedule.always(3).plan(6).save(folder / "plan.json")
+    sizes = ("--images", "128", "--batch", "64", "--guidance", "1", "--rounds", "2")
+    return run(folder, *sizes, "--schedule", str(folder / "plan.json"), "--cache", "native", "--format", "markdown")
 
 
 def batches(schedule: dqar_fx.Schedule | None) -> list[torch.Tensor]:
@@ -90,6 +96,10 @@ def test_the_numbers_are_those_of_the_images(ablations: Evaluation) -> None:
     assert found["to_baseline"]["value"] == pytest.approx(frechet_distance(drawn, references), rel=1e-4)
     real = measure((digits.real_digits()[0] + 1) / 2)
     assert found["to_real"]["value"] == pytest.approx(frechet_distance(drawn, real), rel=1e-4)
+    change = found["to_real"]["value"] - frechet_distance(references, real)
+    assert found["change_to_real"]["value"] == pytest.approx(change, rel=1e-3)
+    width = {name: found[name]["high"] - found[name]["value"] for name in ("to_real", "change_to_real")}
+    assert width["change_to_real"] != pytest.approx(width["to_real"])  # of the same seeds, not of two independent sets
     assert (found["images"], found["real_images"], found["dimension"]) == (16, 1797, 32)
     assert ablations.record["seeds"] == list(SEEDS)
 
@@ -108,23 +118,40 @@ def test_the_baseline_is_a_model_that_nothing_was_done_to(ablations: Evaluation)
 
 
 def test_the_ablations_differ(ablations: Evaluation) -> None:
-    assert [row["name"] for row in ablations.record["rows"]] == ["eager", f"{INTERVAL} int8:token", *PRESETS[1:]]
-    found = {name: ablations.row(name) for name in PRESETS[1:]}
-    reuse = {name: row["reuse_ratio"]["value"] for name, row in found.items()}
-    assert reuse["quant_cache_only"] == pytest.approx(7 / 8)
-    assert len({round(value, 3) for value in reuse.values()}) == len(reuse)
-    assert reuse["scheduling_only"] == pytest.approx(dqar_fx.Schedule.linear(STEPS).plan(6).reuse_ratio)
-    assert [name for name, row in found.items() if row["gates"]] == ["entropy_gate_only", "full_dqar"]
-    assert {name: row["cache"].partition(":")[0] for name, row in found.items()} == {
-        "scheduling_only": "native",
-        "entropy_gate_only": "native",
-        "quant_cache_only": "int8",
-        "full_dqar": "int8",
-    }
-    assert len({row["relative_l2"]["value"] for row in found.values()}) == len(found)
+    names = [row["name"] for row in ablations.record["rows"]]
+    assert names == ["eager", f"{INTERVAL} int8:token", "scheduling_only", "quant_cache_only"]
+    linear, always = ablations.row("scheduling_only"), ablations.row("quant_cache_only")
+    assert linear["reuse_ratio"]["value"] == pytest.approx(dqar_fx.Schedule.linear(STEPS).plan(6).reuse_ratio)
+    assert always["reuse_ratio"]["value"] == pytest.approx(7 / 8)
+    assert (linear["cache"], always["cache"]) == ("native", "int8:token")
+    assert always["relative_l2"]["value"] > linear["relative_l2"]["value"] > 0
     # 6 attentions of 16 tokens and 128 channels, for the two halves of guidance
-    assert found["quant_cache_only"]["cache_mib"] == pytest.approx(6 * 2 * BATCH * 16 * (128 + 4) / 2**20)
-    assert all(row["peak_mib"] > row["cache_mib"] for row in found.values())
+    assert always["cache_mib"] == pytest.approx(6 * 2 * BATCH * 16 * (128 + 4) / 2**20)
+    assert all(row["peak_mib"] > row["cache_mib"] for row in (linear, always))
+
+
+def test_all_ablations_are_the_presets() -> None:
+    args = argparse.Namespace(ablations="all", schedule=None, cache=None, steps=20)
+    configurations, steps = evaluate._configurations(args)
+    assert steps == 20
+    assert [each.name for each in configurations] == list(PRESETS[1:])  # the baseline is no configuration of the pass
+    for each in configurations:
+        assert each.arguments == dqar_fx.preset(each.name, 20)
+    args.ablations, args.schedule, args.cache = None, ["always", INTERVAL, "always"], ["int8", "native"]
+    assert [each.name for each in evaluate._configurations(args)[0]] == [
+        f"{schedule} {cache}" for schedule in ("always", INTERVAL) for cache in ("int8:token", "native")
+    ]
+
+
+def test_plans_of_one_name_in_two_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "plan.json" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        dqar_fx.Schedule.always(5).plan(6).save(path)
+    args = argparse.Namespace(ablations=None, schedule=[str(path) for path in paths], cache=["native"], steps=None)
+    configurations, steps = evaluate._configurations(args)
+    assert [each.name for each in configurations] == [f"{path} native" for path in paths]
+    assert steps == 5
 
 
 def test_what_is_printed(ablations: Evaluation, timed: Evaluation) -> None:
@@ -143,7 +170,7 @@ def test_what_is_printed(ablations: Evaluation, timed: Evaluation) -> None:
     assert "95 % confidence over 2 seeds of 8 images" in text
     assert all(f"- {note}" in lines for note in ablations.record["notes"])
     assert "ms/step" not in ablations.output
-    assert "| always native" in timed.output
+    assert "| plan.json native" in timed.output
     assert "too few" not in timed.output.lower()
     assert "no compiled baseline with --backend eager" in timed.output
     assert "Between 64 of the baseline's own images and 64 others it is " in timed.output
@@ -156,6 +183,8 @@ def test_times(ablations: Evaluation, timed: Evaluation) -> None:
     assert reusing["speedup_over_eager"] == pytest.approx(eager["ms_per_step"] / reusing["ms_per_step"])
     assert eager["ms_per_step"] > 0
     assert reusing["speedup_over_compiled"] is None
+    assert timed.record["steps"] == 3  # the plan's
+    assert reusing["reuse_ratio"]["value"] == pytest.approx(2 / 3)
     assert timed.record["machine"]["threads"] == torch.get_num_threads()
 
 
@@ -163,7 +192,7 @@ def test_the_files(ablations: Evaluation) -> None:
     names = {path.name for path in ablations.folder.iterdir()}
     assert {"evaluate.json", "evaluate.csv", "evaluate.png", "images-baseline.png"} < names
     assert "images-1-interval-every=2-warmup=1-int8-token.png" in names
-    assert len(names) == 4 + 5
+    assert len(names) == 4 + 3
     with (ablations.folder / "evaluate.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for flat, row in zip(rows, ablations.record["rows"], strict=True):
@@ -176,21 +205,61 @@ def test_the_files(ablations: Evaluation) -> None:
         assert image.width > 1500
 
 
-def test_csv_json_and_real_images(tmp_path: Path) -> None:
+def test_csv_and_real_images(tmp_path: Path) -> None:
     images, _ = digits.real_digits()
     (tmp_path / "real").mkdir()
     for number, image in enumerate(images[:3]):
         pixels = ((image[0] + 1) * 127.5).round().to(torch.uint8).numpy()
-        Image.fromarray(pixels).save(tmp_path / "real" / f"{number}.png")
-    options = ("--steps", "2", "--images", "4", "--batch", "4", "--no-timing", "--schedule", "always")
+        Image.fromarray(pixels).resize((24, 16)).save(tmp_path / "real" / f"{number}.png")
+    options = ("--ablations", "baseline", "--steps", "2", "--images", "4", "--batch", "4", "--no-timing")
     found = run(tmp_path / "out", *options, "--format", "csv", "--real", str(tmp_path / "real"))
     assert found.output.strip() == (tmp_path / "out" / "evaluate.csv").read_text(encoding="utf-8").strip()
-    row = found.record["rows"][1]
+    (row,) = found.record["rows"]
     assert row["frechet"]["real_images"] == 3
-    assert row["psnr_db"]["low"] is None
+    assert row["ssim"] == {"value": pytest.approx(1), "low": None, "high": None}
     assert "One seed: no confidence interval" in "\n".join(found.record["notes"])
-    drawn = (tmp_path / "out" / "images-baseline.png").stat().st_size
-    assert drawn > 1000
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small DiT pipeline of 16 x 16 images in a folder."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    model = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("pipeline")
+    DiTPipeline(model, vae, DDIMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_pipeline(pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    options = ("--model", pipeline, "--steps", "3", "--images", "4", "--batch", "2", "--no-timing", "--classes", "1,2")
+    found = run(tmp_path / "out", *options, "--schedule", "always", "--format", "json")
+    assert json.loads(found.output) == found.record
+    _, row = found.record["rows"]
+    assert row["reuse_ratio"]["value"] == pytest.approx(2 / 3)
+    assert 0 < row["ssim"]["value"] < 1
+    assert (row["agreement"], row["frechet"], row["lpips"]) == (None, None, None)
+    notes = "\n".join(found.record["notes"])
+    assert "No Fréchet distance: InceptionV3's features cannot be measured" in notes
+    assert "LPIPS cannot be measured: its network wants" in notes
+    assert "the images have 16 x 16" in notes
+
+
+def test_names_of_classes_for_prompts() -> None:
+    labels = {"cat": 1, "dog": 2}
+    transformer = SimpleNamespace(config=SimpleNamespace(sample_size=8))
+    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8, 8, 8)))
+    painter = models.Pipeline(SimpleNamespace(labels=labels, transformer=transformer, vae=vae), "x")
+    assert (painter.size, painter.class_name(2)) == (64, "dog")
+    with pytest.raises(models.CommandError, match=r"no name for class 3\. Write it out"):
+        painter.class_name(3)
+    assert models.Digits(torch.device("cpu")).class_name(7) == "7"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +285,7 @@ def test_refused_with_a_message_that_helps(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.image.fid", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     plan = tmp_path / "plan.json"
     dqar_fx.Schedule.always(5).plan(6).save(plan)
     options = [option.replace("PLAN", str(plan)) for option in options]
@@ -226,16 +295,3 @@ def test_refused_with_a_message_that_helps(
     for part in message.split(".*"):
         assert part in error
     assert not (tmp_path / "made").exists()
-
-
-def test_a_plan_brings_its_number_of_steps(tmp_path: Path) -> None:
-    plan = tmp_path / "plan.json"
-    dqar_fx.Schedule.always(3).plan(6).save(plan)
-    options = ("--images", "2", "--batch", "2", "--no-timing", "--features", "none", "--format", "json")
-    found = run(tmp_path / "out", *options, "--schedule", str(plan), "--ablations", "baseline")
-    assert json.loads(found.output) == found.record
-    assert found.record["steps"] == 3
-    baseline, reusing = found.record["rows"]
-    assert reusing["name"] == "plan.json int8:token"
-    assert reusing["reuse_ratio"]["value"] == pytest.approx(2 / 3)
-    assert baseline["frechet"] is None
