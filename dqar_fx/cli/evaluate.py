@@ -106,6 +106,10 @@ def run(args: argparse.Namespace) -> int:
     images = args.images or (IMAGES_DIGITS if painter.grey else IMAGES_DIT)
     if images % batch:
         raise models.CommandError(f"--images {images} is no multiple of --batch {batch}: every seed draws one batch.")
+    if images < 2 and args.features != "none":
+        raise models.CommandError(
+            f"--images {images}: a Fréchet distance wants at least 2. Give more, or --features none."
+        )
     notes: list[str] = []
     task = runs.Task(
         classes=[asked[i % len(asked)] for i in range(batch)],
@@ -175,6 +179,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
             raise models.CommandError(f"--{name} {value}: give at least 1.")
     if args.real is not None and not args.real.is_dir():
         raise models.CommandError(f"--real {args.real}: there is no such folder. Give one with PNG or JPEG images.")
+    if args.real is not None and args.features == "none":
+        raise models.CommandError("--real with --features none: real images are there for the Fréchet distance only.")
     if args.clip is not None and args.prompt is None:
         raise models.CommandError("--clip without --prompt: the CLIP score is of images and a prompt. Give both.")
 

@@ -31,7 +31,7 @@ def make_rows(task: Task, contenders: Sequence[Configuration], real: Real | None
     """One record of each configuration, the baseline first.
 
     What has an interval over seeds is a dict of ``value``, ``low`` and ``high`` (95 %; None for a single seed).
-    ``psnr_db`` is None where all images are identical: JSON has no infinity.
+    ``psnr_db`` is None where all images of a seed are identical: JSON has no infinity.
     """
     from dqar_fx.evaluation import mean_interval
 
@@ -56,7 +56,7 @@ def make_rows(task: Task, contenders: Sequence[Configuration], real: Real | None
             "speedup_over_eager": None,
             "speedup_over_compiled": None,
             "identical": math.isinf(each.worst),
-            "worst_image_psnr_db": None if math.isinf(each.worst) else each.worst,
+            "worst_image_psnr_db": each.worst if math.isfinite(each.worst) else None,
         }
         if each.rounds:
             seconds = step_seconds(each.rounds)
@@ -75,7 +75,7 @@ def make_rows(task: Task, contenders: Sequence[Configuration], real: Real | None
 
 
 def _record(interval: Interval) -> dict[str, float | None] | None:
-    if math.isinf(interval.value):
+    if not math.isfinite(interval.value):
         return None
     if interval.half is None:
         return {"value": interval.value, "low": None, "high": None}
@@ -102,6 +102,8 @@ def _frechet(
     if task.features is None:
         return None
     groups = min(GROUPS, len(task.seeds))
+    if (len(task.seeds) - math.ceil(len(task.seeds) / groups)) * len(task.classes) < 2:
+        groups = 1  # without a group, too few images are left for a distance: it has no interval
 
     def chosen(features: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
         return torch.cat([part for i, part in enumerate(features) if i % groups in numbers])

@@ -65,7 +65,7 @@ def ablations(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
 def timed(tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     folder = tmp_path_factory.mktemp("timed")
     dqar_fx.Schedule.always(3).plan(6).save(folder / "plan.json")
-    sizes = ("--images", "128", "--batch", "64", "--guidance", "1", "--rounds", "2")
+    sizes = ("--images", "64", "--batch", "32", "--guidance", "1", "--rounds", "2")
     return run(folder, *sizes, "--schedule", str(folder / "plan.json"), "--cache", "native", "--format", "markdown")
 
 
@@ -173,7 +173,6 @@ def test_what_is_printed(ablations: Evaluation, timed: Evaluation) -> None:
     assert "| plan.json native" in timed.output
     assert "too few" not in timed.output.lower()
     assert "no compiled baseline with --backend eager" in timed.output
-    assert "Between 64 of the baseline's own images and 64 others it is " in timed.output
 
 
 def test_times(ablations: Evaluation, timed: Evaluation) -> None:
@@ -211,13 +210,34 @@ def test_csv_and_real_images(tmp_path: Path) -> None:
     for number, image in enumerate(images[:3]):
         pixels = ((image[0] + 1) * 127.5).round().to(torch.uint8).numpy()
         Image.fromarray(pixels).resize((24, 16)).save(tmp_path / "real" / f"{number}.png")
-    options = ("--ablations", "baseline", "--steps", "2", "--images", "4", "--batch", "4", "--no-timing")
+    options = ("--ablations", "baseline", "--steps", "1", "--images", "64", "--batch", "64", "--no-timing")
     found = run(tmp_path / "out", *options, "--format", "csv", "--real", str(tmp_path / "real"))
     assert found.output.strip() == (tmp_path / "out" / "evaluate.csv").read_text(encoding="utf-8").strip()
     (row,) = found.record["rows"]
     assert row["frechet"]["real_images"] == 3
     assert row["ssim"] == {"value": pytest.approx(1), "low": None, "high": None}
+    assert row["frechet"]["to_real"]["high"] is None
     assert "One seed: no confidence interval" in "\n".join(found.record["notes"])
+
+
+def test_two_halves_of_the_baseline_are_some_way_apart(tmp_path: Path) -> None:
+    options = ("--ablations", "baseline", "--steps", "1", "--images", "128", "--batch", "64", "--no-timing")
+    found = run(tmp_path, *options)
+    model, measure = digits.load(), features.digits_features()
+    classes = [i % 10 for i in range(64)]
+    halves = [measure((digits.sample(model, classes=classes, seed=s, num_steps=1) + 1) / 2) for s in (0, 1)]
+    distance = frechet_distance(*halves)
+    assert f"Between 64 of the baseline's own images and 64 others it is {distance:.3g}." in found.output
+
+
+def test_two_images_of_two_seeds_leave_no_interval_of_a_distance(tmp_path: Path) -> None:
+    options = ("--ablations", "baseline", "--steps", "1", "--images", "2", "--batch", "1", "--no-timing")
+    found = run(tmp_path / "out", *options)
+    (row,) = found.record["rows"]
+    assert row["frechet"]["to_real"]["value"] > 0
+    assert "of the baseline's own images" not in found.output  # too few for that
+    assert row["frechet"]["to_real"]["high"] is None
+    assert row["relative_l2"]["high"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +291,8 @@ def test_names_of_classes_for_prompts() -> None:
         (["--cache", "int7"], "int7"),
         (["--images", "0"], "--images 0: give at least 1"),
         (["--images", "30", "--batch", "20"], "--images 30 is no multiple of --batch 20"),
+        (["--images", "1", "--batch", "1"], "--images 1: a Fréchet distance wants at least 2"),
+        (["--real", ".", "--features", "none"], "--real with --features none"),
         (["--clip", "x"], "--clip without --prompt"),
         (["--real", "/nowhere"], "--real /nowhere: there is no such folder"),
         (["--schedule", "PLAN", "--steps", "7"], "The plan is for 6 sites and 5 steps, but the run has"),
