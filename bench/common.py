@@ -14,8 +14,13 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+
+from dqar_fx.evaluation.memory import peak_mib
+
+__all__ = [
+    "RESULTS", "alternate", "commit", "finish", "interquartile", "machine", "median", "peak_mib", "relative_error",
+    "synchronise", "timed",
+]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -55,25 +60,6 @@ def interquartile(times: Sequence[float]) -> float:
     """From the first quartile of the times to the third, in their unit; 0 for a single one."""
     quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [0.0, 0.0, 0.0]
     return quartiles[2] - quartiles[0]
-
-
-def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
-    """MiB allocated at the peak of one call, above what was allocated before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]  # set once the profiler has stopped
-    allocations = [e for e in events if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
-    held = peak = 0
-    for event in sorted(allocations, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

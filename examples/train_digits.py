@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dqar_fx import digits
+from dqar_fx.evaluation import frechet_distance
 
 MODEL_CONFIG = {
     "num_attention_heads": 4,
@@ -208,21 +209,11 @@ def measure(model: DiTTransformer2DModel, guidances: Sequence[float], count: int
             {
                 "guidance": guidance,
                 "agreement": round(digits.agreement(made, asked.tolist()), 4),
-                "frechet": round(frechet_distance(made, images), 3),
+                "frechet": round(frechet_distance(made.flatten(1), images.flatten(1)), 3),
                 "spread": round(spread(made, asked) / spread(images, classes), 3),
             }
         )
     return rows
-
-
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` of the flattened images (Dowson & Landau 1982)."""
-    a, b = first.flatten(1).double(), second.flatten(1).double()
-    covariance_a, covariance_b = a.T.cov(), b.T.cov()
-    # The product of two covariances has real eigenvalues >= 0; what is left of other parts is round-off.
-    roots = torch.linalg.eigvals(covariance_a @ covariance_b).real.clamp(min=0).sqrt()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * roots.sum()
-    return float(distance)
 
 
 def spread(images: Tensor, classes: Tensor) -> float:

@@ -68,7 +68,7 @@ class TappedModel:
         try:
             with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
                 return self._compiled(*args, **kwargs)
-        except (TorchDynamoException, GuardOnDataDependentSymNode):
+        except (TorchDynamoException, GuardOnDataDependentSymNode, AssertionError):  # the last one Dynamo's own as well
             if self.graphs:
                 raise
             self._dynamic = False

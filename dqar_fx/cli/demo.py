@@ -5,12 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime as dt
-import itertools
 import json
 import math
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
+
+from dqar_fx.cli.measuring import step_seconds
 
 if TYPE_CHECKING:
     import torch
@@ -90,11 +88,8 @@ class Contender:
 
     @property
     def step_seconds(self) -> float:
-        """Mean over the steps of a generation of the median over the generations timed.
-
-        Not a median over the steps: computing and reusing steps differ, and it would pick one of them.
-        """
-        return statistics.fmean(statistics.median(step) for step in zip(*self.rounds, strict=True))
+        """See ``measuring.step_seconds``."""
+        return step_seconds(self.rounds)
 
     @property
     def compile_seconds(self) -> float:
@@ -108,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
     import dqar_fx
     from dqar_fx.cli import models
+    from dqar_fx.cli.measuring import machine, timed_draw, versions
     from dqar_fx.cli.terminal import bar, say
 
     models.check_numbers(args)
@@ -133,15 +129,9 @@ def run(args: argparse.Namespace) -> int:
     dqar_fx.optimize(reusing.denoiser, schedule, cache=cache, scheduler=reusing.scheduler, backend=args.backend)
 
     def draw(contender: Contender, on_step: Callable[[], None]) -> tuple[Tensor, list[float]]:
-        times = [time.perf_counter()]
-
-        def tick() -> None:
-            models.synchronize(device)
-            times.append(time.perf_counter())
-            on_step()
-
-        images = contender.painter.draw(classes, seed=args.seed, num_steps=steps, guidance=guidance, on_step=tick)
-        return images, [after - before for before, after in itertools.pairwise(times)]
+        return timed_draw(
+            contender.painter, classes, device, seed=args.seed, num_steps=steps, guidance=guidance, on_step=on_step
+        )
 
     # Neither contender may find on the disk what an earlier run has compiled: it would look quick to compile.
     steps_in_all = steps * len(contenders) * (1 + args.rounds)
@@ -162,8 +152,8 @@ def run(args: argparse.Namespace) -> int:
         "cache": str(cache),
         "backend": args.backend,
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        "machine": _machine(device),
-        "versions": _versions(),
+        "machine": machine(device),
+        "versions": versions(),
         "contenders": rows,
         "speedup_by_flop": bound,
         "report": runtime.report().to_dict(),
@@ -380,43 +370,3 @@ def _draw_pictures(
     assert runtime.plan is not None
     runtime.plan.plot(plan)
     return images, plan
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """Everything about the machine without which a speed means nothing."""
-    import torch
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": device.type,
-        "device_name": name if device.type != "mps" else f"{name} (mps)",
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        # Much above the threads: others were at work, and the times, if not their ratios, mean little.
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    import diffusers
-    import torch
-
-    import dqar_fx
-
-    return {
-        "dqar_fx": dqar_fx.__version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-    }

@@ -38,6 +38,7 @@ class Painter(ABC):
     classes: tuple[int, ...]  # drawn if the user names none
     guidance: float  # if the user gives none
     grey: bool  # one channel, ink on paper
+    size: int  # height and width of an image, in pixels
 
     @property
     @abstractmethod
@@ -56,12 +57,31 @@ class Painter(ABC):
         """One image per class, float32 ``[N, C, H, W]`` in [0, 1] on the CPU; ``on_step`` is called after each step."""
 
     @abstractmethod
+    def class_name(self, label: int) -> str:
+        """What a prompt calls a class.
+
+        Raises:
+            CommandError: nobody knows.
+        """
+
+    @abstractmethod
     def twin(self) -> Painter:
         """The same model as another module, not compiled, that shares the weights; and a scheduler of its own."""
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, schedule: str = SCHEDULE, seeds: str = "") -> None:
-    """The options that say what is drawn, and how; ``seeds``: several, and these by default."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, schedule: str = SCHEDULE, seeds: str = "", several: bool = False
+) -> None:
+    """The options that say what is drawn, and how.
+
+    Args:
+        parser: of the command.
+        schedule: the default one.
+        seeds: several seeds, and these by default; "" for a single one.
+        several: lists of schedules and caches, None by default.
+    """
+    again: dict[str, Any] = {"action": "append"} if several else {}
+    more = "; may be given several times" if several else ""
     parser.add_argument(
         "--model",
         default=DIGITS,
@@ -78,15 +98,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, schedule: str = SCHE
         parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
     parser.add_argument(
         "--schedule",
-        default=schedule,
+        default=None if several else schedule,
         metavar="TEXT",
-        help=f"which attention reuses when, as text or as a plan saved in a .json file (default: {schedule})",
+        help=f"which attention reuses when, as text or as a plan saved in a .json file{more} (default: {schedule})",
+        **again,
     )
     parser.add_argument(
         "--cache",
-        default="int8",
+        default=None if several else "int8",
         metavar="TEXT",
-        help="how stored values look: int8, native, int8:channel, ... (default: int8)",
+        help=f"how stored values look: int8, native, int8:channel, ...{more} (default: int8)",
+        **again,
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument(
@@ -239,6 +261,7 @@ class Digits(Painter):
         self._denoiser = digits.load(device) if denoiser is None else denoiser
         self._scheduler = digits.make_scheduler()
         self.guidance = digits.GUIDANCE
+        self.size = digits.SIZE
 
     @property
     def denoiser(self) -> nn.Module:
@@ -267,6 +290,10 @@ class Digits(Painter):
         )
         return (images.cpu() + 1) / 2
 
+    def class_name(self, label: int) -> str:
+        """The digit itself."""
+        return str(label)
+
     def twin(self) -> Digits:
         """Another module with the same weights."""
         return Digits(self._device, _share_weights(self._denoiser))
@@ -283,6 +310,8 @@ class Pipeline(Painter):
     def __init__(self, pipe: DiTPipeline, name: str) -> None:
         self.pipe = pipe
         self.name = name
+        shrunk = 2 ** (len(pipe.vae.config.block_out_channels) - 1)  # by the VAE, in each direction
+        self.size = pipe.transformer.config.sample_size * shrunk
 
     @property
     def denoiser(self) -> nn.Module:
@@ -320,6 +349,15 @@ class Pipeline(Painter):
         finally:
             del scheduler.step
         return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def class_name(self, label: int) -> str:
+        """One of ImageNet's names for the class, as the pipeline carries them."""
+        for name, number in self.pipe.labels.items():
+            if number == label:
+                return str(name)
+        raise CommandError(
+            f"--prompt with {{}}: the pipeline has no name for class {label}. Write it out instead of {{}}."
+        )
 
     def twin(self) -> Pipeline:
         """Another pipeline around the same VAE and a transformer with the same weights."""
