@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from train_digits import LABEL_DROPOUT, MAX_GRADIENT_NORM, learning_rate, stratified_timesteps
+from train_digits import LABEL_DROPOUT, MAX_GRADIENT_NORM, WARMUP_STEPS, learning_rate, stratified_timesteps
 
 from dqar_fx import digits
 
@@ -40,19 +40,24 @@ MODEL_CONFIG = {
 }
 
 
-def images_of(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """One image per label, float32 ``[N, 3, 12, 12]`` in [-1, 1], of random colour, place and size.
+#: What training goes through: how far shapes stray, in pixels, and the peak of the learning rate. Shapes that lie
+#: anywhere are learned as blobs in the minutes there are; then nearer to the middle, they get their outlines.
+STAGES = ((1.5, 2e-3), (0.5, 1.5e-3))
 
-    A shape has a bright colour of any hue on a dark grey; its edges are a pixel soft, so that places between pixels
-    can be told apart.
+
+def images_of(labels: Tensor, generator: torch.Generator, stray: float = STAGES[-1][0]) -> Tensor:
+    """One image per label, float32 ``[N, 3, 12, 12]`` in [-1, 1], of random colour, size and place.
+
+    A shape has a bright colour of any hue on a dark grey, and edges a pixel soft, so that places between pixels can be
+    told apart. Its middle is up to ``stray`` pixels beside that of the image, in both directions.
     """
 
     def uniform(low: float, high: float) -> Tensor:
         return (low + (high - low) * torch.rand(len(labels), generator=generator))[:, None, None]
 
     at = torch.arange(SIZE) - (SIZE - 1) / 2
-    x, y = at[None, None, :] - uniform(-1.5, 1.5), at[None, :, None] - uniform(-1.5, 1.5)
-    r, phase = uniform(3.2, 4.2), uniform(0, 1)
+    x, y = at[None, None, :] - uniform(-stray, stray), at[None, :, None] - uniform(-stray, stray)
+    r, phase = uniform(3.2, 4.2), uniform(0, stray / 1.5)
     radius, square = (x**2 + y**2).sqrt(), torch.maximum(x.abs(), y.abs())
     u, v = (x + y) / 2**0.5, (x - y) / 2**0.5
     # Distances in pixels, positive inside; gratings and chequers have periods of 4 and 6 pixels.
@@ -73,23 +78,29 @@ def images_of(labels: Tensor, generator: torch.Generator) -> Tensor:
     return dark + (colour - dark) * mask[:, None]
 
 
-def train(steps: int, minutes: float, batch: int, seed: int = 0) -> tuple[DiTTransformer2DModel, dict[str, Any]]:
-    """A trained model and how it was trained; it ends after ``steps`` or ``minutes``, and the learning rate with it."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    scheduler = digits.make_scheduler()
+def new_model() -> Any:
+    """The untrained model, which starts with blocks that are the identity (adaLN-Zero) and a prediction of zero."""
     model = DiTTransformer2DModel(**MODEL_CONFIG).eval()  # train mode drops labels otherwise than guidance asks
     for linear in (*(block.norm1.linear for block in model.transformer_blocks), model.proj_out_1, model.proj_out_2):
-        torch.nn.init.zeros_(linear.weight)  # adaLN-Zero
+        torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.0, fused=True)
+    return model
+
+
+def train(model: Any, stage: int, minutes: float, batch: int = 48) -> dict[str, Any]:
+    """Train for one of ``STAGES``, at the end of which the learning rate is zero; returns how it was done."""
+    stray, peak = STAGES[stage]
+    generator = torch.Generator().manual_seed(stage)
+    scheduler = digits.make_scheduler()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0, fused=True)
     losses: list[float] = []
     started = time.monotonic()
-    while (progress := max(len(losses) / steps, (time.monotonic() - started) / (60 * minutes))) < 1:
+    while (progress := (time.monotonic() - started) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(2e-3, len(losses), progress)
+            warm = WARMUP_STEPS if stage else 0  # only the first stage starts from nothing
+            group["lr"] = learning_rate(peak, warm + len(losses), progress)
         labels = torch.randint(len(CLASSES), (batch,), generator=generator)
-        clean = images_of(labels, generator)
+        clean = images_of(labels, generator, stray)
         labels = labels.where(torch.rand(batch, generator=generator) >= LABEL_DROPOUT, len(CLASSES))
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = stratified_timesteps(batch, scheduler.config.num_train_timesteps, generator)
@@ -102,28 +113,43 @@ def train(steps: int, minutes: float, batch: int, seed: int = 0) -> tuple[DiTTra
         losses.append(loss.item())
         if len(losses) % 50 == 0:
             elapsed = (time.monotonic() - started) / 60
-            print(f"step {len(losses)}: loss {sum(losses[-50:]) / 50:.4f}, {elapsed:.1f} min", flush=True)
+            print(
+                f"stage {stage}, step {len(losses)}: loss {sum(losses[-50:]) / 50:.4f}, {elapsed:.1f} min", flush=True
+            )
     last = losses[-100:]
-    recipe = {"steps": len(losses), "batch": batch, "seed": seed, "loss": sum(last) / len(last)}
-    return model, recipe | {"minutes": round((time.monotonic() - started) / 60, 1)}
+    return {"stray": stray, "steps": len(losses), "batch": batch, "minutes": minutes, "loss": sum(last) / len(last)}
 
 
-def load(folder: Path, *, steps: int = 1500, minutes: float = 8.0, batch: int = 48) -> Any:
-    """The model in ``folder``, trained first where it is not there; in eval mode, gradients off.
+def load(folder: Path, *, minutes: float = 8.0) -> Any:
+    """The model in ``folder``, in eval mode, gradients off; stages that are not there are trained first.
+
+    Args:
+        folder: has, or gets, ``shapes0.safetensors`` and ``shapes1.safetensors``, one for each stage, and how they
+            were trained.
+        minutes: to train a stage for; the learning rate ends with it, so weights depend on the machine.
 
     Returns:
         A ``DiTTransformer2DModel`` from ``x [N, 3, 12, 12]``, ``timestep`` and ``class_labels`` (8: no class) to the
-        predicted noise. ``folder`` has its recipe in ``shapes.json``.
+        predicted noise.
     """
-    weights = folder / "shapes.safetensors"
-    if not weights.exists():
-        trained, recipe = train(steps, minutes, batch)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "shapes.json").write_text(json.dumps({"model": MODEL_CONFIG, "training": recipe}, indent=1) + "\n")
-        save_file({name: value.contiguous() for name, value in trained.state_dict().items()}, weights)
-    model = DiTTransformer2DModel(**MODEL_CONFIG)
-    model.load_state_dict(load_file(weights))
-    return model.eval().requires_grad_(False)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = new_model()
+    for stage in range(len(STAGES)):
+        weights = folder / f"shapes{stage}.safetensors"
+        if weights.exists():
+            model.load_state_dict(load_file(weights))
+            continue
+        recipe = train(model, stage, minutes)
+        weights.with_suffix(".json").write_text(json.dumps(recipe) + "\n")
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
+    return model.requires_grad_(False)
+
+
+def recipe(folder: Path) -> dict[str, Any]:
+    """The model's config and how each stage of it was trained."""
+    stages = [json.loads((folder / f"shapes{stage}.json").read_text()) for stage in range(len(STAGES))]
+    return {"model": MODEL_CONFIG, "stages": stages}
 
 
 @torch.no_grad()

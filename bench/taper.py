@@ -1,16 +1,15 @@
 """Does it pay to compute seldom at first and often at the end? ``Schedule.taper`` against other rules, on two models.
 
-The shipped digits and the shapes of ``bench/shapes.py``, which are trained first (8 minutes on one thread) unless
-``--work`` has them. Each row is one schedule: the share of attentions reused, and the PSNR of the images against those
-that the same model draws without reuse, from the same noise. ``gain`` is by how many dB that is above intervals with a
-warm-up of 10 % (below the share of ``every=2``: a longer one) at the same share, interpolated between them;
-``gain_cold`` the same with intervals that have no warm-up, as a taper has none. Either is empty beyond what was
-measured.
+The shipped digits and the shapes of ``bench/shapes.py``, which are trained first (16 minutes) unless ``--work`` has
+them. Each row is one schedule: the share of attentions reused, and the PSNR of the images against those that the same
+model draws without reuse, from the same noise. ``gain`` is by how many dB that is above intervals with a warm-up of
+10 % (below the share of ``every=2``: a longer one) at the same share, interpolated between them; ``gain_cold`` the same
+with intervals that have no warm-up, as a taper has none. Either is empty beyond what was measured.
 
 The taper turned round, from 1 to 8, tells whether it matters where the computing steps are.
 
-    python bench/taper.py --work /tmp/shapes        # 15 minutes on one thread, of which 8 train
-    python bench/taper.py --work /tmp/shapes --calibrate
+    OMP_NUM_THREADS=1 python bench/taper.py --work /tmp/shapes        # 20 minutes, of which 16 train
+    OMP_NUM_THREADS=1 python bench/taper.py --work /tmp/shapes --calibrate
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import argparse
 import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -106,6 +106,7 @@ def measure(name: str, model: Any, sampler: tuple[str, int, float], args: argpar
                     "model": name, "sampler": title, "guidance": guidance, "rule": rule,
                     "schedule": rule if isinstance(schedule, Plan) else str(schedule), "cache": dtype,
                     "images": len(images), "reuse_ratio": runtime.stats.reuse_ratio, "psnr_db": psnr(images, reference),
+                    "psnr_median_db": statistics.median(map(psnr, images, reference)),
                 }
             )  # fmt: skip
             print(f"{title}, guidance {guidance}: {schedule}, {rows[-1]['psnr_db']:.1f} dB", flush=True)
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         "torch": torch.__version__,
         "commit": common.commit(),
         "date": str(date.today()),
-        "shapes": json.loads((args.work / "shapes.json").read_text()) if "shapes" in args.models else None,
+        "shapes": shapes.recipe(args.work) if "shapes" in args.models else None,
         "rows": rows,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
