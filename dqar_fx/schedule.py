@@ -164,7 +164,7 @@ class Schedule:
 
     @classmethod
     def interval(cls, num_steps: int = 50, *, every: int = 3, warmup: float = 0.1, fraction: float = 1.0) -> Schedule:
-        """Compute at every ``every``-th step after the warm-up and reuse between: the schedule to start with.
+        """Compute at every ``every``-th step after the warm-up and reuse between.
 
         Ages stay below ``every``, which is at least 1 (1 computes always). The last step of the warm-up counts as the
         first compute. With ``fraction``, only the first ``floor(fraction * S)`` sites reuse.
@@ -179,7 +179,8 @@ class Schedule:
 
         A step that computes at progress ``p`` is followed by the next one ``first**(1 - p) * last**p`` steps later
         (rounded, at least 1); all sites reuse in between. ``last`` below 1 lets the end of the run compute throughout.
-        It is what calibration comes to: early errors fade, late ones stay in the image (see ``calibrate``).
+        It is what calibration comes to: early errors fade, late ones stay in the image (see ``calibrate``). On both
+        models measured it lost less than an interval at equal reuse (``bench/taper.py``): the schedule to start with.
 
         ``first`` and ``last`` are positive numbers of steps.
         """

@@ -21,6 +21,7 @@ warmups = st.floats(0, 1) | st.integers(0, 20) | st.sampled_from([0.1, 0.2, 0.3,
 shares = st.floats(0, 1) | st.sampled_from([0.33, 0.5, 0.66, 1.0])
 refreshes = st.none() | st.integers(1, 8)
 steps = st.integers(1, 24)
+gaps = st.floats(0.25, 12) | st.integers(1, 12) | st.sampled_from([0.5, 1.0, 1.5, 8.0])
 
 
 @st.composite
@@ -28,7 +29,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
     common: dict[str, Any] = {"num_steps": draw(steps), "warmup": draw(warmups)}
     ramp = {"deep_first": draw(st.booleans()), "refresh": draw(refreshes)}
     early, mid = sorted((draw(shares), draw(shares)))
-    name = draw(st.sampled_from(["none", "linear", "exponential", "phases", "interval", "always"]))
+    name = draw(st.sampled_from(["none", "linear", "exponential", "phases", "interval", "taper", "always"]))
     match name:
         case "none":
             return Schedule.none(common["num_steps"])
@@ -40,6 +41,8 @@ def schedules(draw: st.DrawFn) -> Schedule:
             return Schedule.phases(early_end=early, mid_end=mid, **common, **ramp)
         case "interval":
             return Schedule.interval(every=draw(st.integers(1, 8)), fraction=draw(shares), **common)
+        case "taper":
+            return Schedule.taper(first=draw(gaps), last=draw(gaps), **common)
         case _:
             return Schedule.always(**common)
 
@@ -47,6 +50,7 @@ def schedules(draw: st.DrawFn) -> Schedule:
 def slow_plan(schedule: Schedule, T: int, S: int) -> list[list[bool]]:
     """The definitions, one decision after the other, with no array in sight."""
     stored_at = [0] * S
+    due = 0  # the step at which a taper computes next
     rows = []
     for step in range(T):
         p = step / (T - 1) if T > 1 else 0.0
@@ -55,12 +59,17 @@ def slow_plan(schedule: Schedule, T: int, S: int) -> list[list[bool]]:
         else:
             warm, w = p >= schedule.warmup and schedule.warmup < 1, schedule.warmup
         progress = (p - w) / (1 - w) if warm and w < 1 else 0.0
+        computes = not warm or step == due
+        if computes:
+            # every step of the warm-up may turn out to be its last
+            due = step + max(1, math.floor(schedule.first ** (1 - p) * schedule.last**p + 0.5))
         count = {
             "none": lambda: 0,
             "linear": lambda x=progress: math.floor(x * schedule.fraction * S + 1e-9),
             "exponential": lambda x=progress: math.floor(x**2 * schedule.fraction * S + 1e-9),
             "phases": lambda p=p: S // 3 if p < schedule.early_end else 2 * (S // 3) if p < schedule.mid_end else S,
             "interval": lambda: math.floor(schedule.fraction * S + 1e-9),
+            "taper": lambda computes=computes: 0 if computes else S,
             "always": lambda: S,
         }[schedule.name]()
         row = []
@@ -136,6 +145,14 @@ def test_an_interval_counts_ages_from_the_last_step_of_the_warmup() -> None:
     assert columns(Schedule.interval(12, every=3, warmup=2, fraction=0.5), 3) == ["..##.##.##.#", *["." * 12] * 2]
 
 
+def test_a_taper_computes_ever_more_often_and_counts_from_the_last_step_of_the_warmup() -> None:
+    assert columns(Schedule.taper(16, first=8, last=1), 2) == [".#######.##.#..."] * 2
+    assert columns(Schedule.taper(16, first=8, last=1, warmup=3), 1) == ["...#####.##.#..."]
+    assert columns(Schedule.taper(16, first=1, last=8), 1) == ["....#.#.##.###.#"]
+    assert columns(Schedule.taper(10, first=3, last=3), 1) == columns(Schedule.interval(10, every=3, warmup=1), 1)
+    assert Schedule.taper(50).plan(28).reuse_ratio == pytest.approx(0.56)
+
+
 def test_linear_starts_shallow_or_deep_and_never_refreshes_unless_told() -> None:
     shallow = columns(Schedule.linear(9, warmup=0.0, fraction=1.0), 4)
     assert shallow == ["..#######", "....#####", "......###", "........#"]
@@ -158,7 +175,7 @@ def test_a_warmup_is_a_fraction_or_a_number_of_steps() -> None:
     assert columns(Schedule.always(11, warmup=99), 1) == ["..........."]
 
 
-@pytest.mark.parametrize("text", ["none", "linear", "exponential", "phases", "interval", "always"])
+@pytest.mark.parametrize("text", ["none", "linear", "exponential", "phases", "interval", "taper", "always"])
 def test_one_step_reuses_nothing(text: str) -> None:
     for warmup in (0, 0.0) if text != "none" else ():
         assert not Schedule.parse(f"{text}:warmup={warmup!r}").plan(5, num_steps=1).reuse.any()
@@ -170,6 +187,7 @@ KNOBS: list[tuple[Callable[..., Schedule], dict[str, Any]]] = [
     (Schedule.exponential, {"warmup": 0.4, "fraction": 0.9, "deep_first": True, "refresh": 4}),
     (Schedule.phases, {"early_end": 0.4, "mid_end": 0.9, "warmup": 0.2, "deep_first": True, "refresh": 4}),
     (Schedule.interval, {"every": 4, "warmup": 0.2, "fraction": 0.6}),
+    (Schedule.taper, {"first": 5, "last": 2.5, "warmup": 0.2}),
     (Schedule.always, {"warmup": 3}),
 ]
 
@@ -218,6 +236,8 @@ def test_one_step_and_the_whole_run_are_different_warmups_though_1_equals_1_0() 
         ("interval:every=3,warmup=0.1", Schedule.interval(every=3, warmup=0.1)),
         ("exponential:deep_first=True,refresh=2", Schedule.exponential(deep_first=True, refresh=2)),
         ("exponential:deep_first=false,refresh=none", Schedule.exponential()),
+        ("taper", Schedule.taper(50, first=8, last=1, warmup=0.0)),
+        ("taper:first=10,last=1.5,steps=20,warmup=2", Schedule.taper(20, first=10.0, last=1.5, warmup=2)),
         ("always:warmup=1e-1", Schedule.always(warmup=0.1)),
         ("linear_reverse:fraction=1", Schedule.linear(deep_first=True, fraction=1.0)),
         ("step:refresh=5", Schedule.phases(refresh=5)),
@@ -235,9 +255,15 @@ def test_texts_that_parse(text: str, schedule: Schedule) -> None:
             r"no schedule 'intervall'; did you mean 'interval'\? Valid: none, linear, .*linear_reverse, step\.",
         ),
         ("", r"no schedule ''\. Valid: none"),
-        ("xyz:every=3", r"no schedule 'xyz'\. Valid: none, linear, exponential, phases, interval, always, linear_rev"),
+        (
+            "xyz:every=3",
+            r"no schedule 'xyz'\. Valid: none, linear, exponential, phases, interval, taper, always, linear_rev",
+        ),
         ("interval:evry=3", r"interval has no 'evry'; did you mean 'every'\? Valid: steps, every, warmup, fraction\."),
         ("interval:refresh=3", r"interval has no 'refresh'. Valid: steps, every"),
+        ("taper:every=3", r"taper has no 'every'. Valid: steps, first, last, warmup\."),
+        ("taper:first=0", r"Schedule\.taper: first is 0; it must be a positive number of steps"),
+        ("taper:last=-1", r"Schedule\.taper: last is -1; it must be a positive number of steps"),
         ("linear_reverse:deep_first=true", r"linear_reverse has no 'deep_first'"),
         ("linear:,", r"linear has no ''"),
         ("linear:warmup", r"warmup has no value\. Write warmup=\.\.\."),
@@ -286,6 +312,14 @@ def test_texts_that_do_not_parse(text: Any, message: str) -> None:
             r"Schedule\.phases: early_end is 0\.8; it must not exceed mid_end, 0\.7",
         ),
         (lambda: Schedule.phases(mid_end=2), r"Schedule\.phases: mid_end is 2; it must be a fraction"),
+        *(
+            (
+                lambda k=key, v=value: Schedule.taper(**{k: v}),
+                rf"Schedule\.taper: {key} is {value!r}; .* positive number",
+            )
+            for key in ("first", "last")
+            for value in (0, 0.0, -1, -0.5, math.nan, math.inf, True, "8", None)
+        ),
         (lambda: Schedule(name="linaer"), r"Schedule\(name='linaer'\) is unknown\. Use a constructor"),
         (lambda: Schedule.linear().plan(0), r"Schedule\.linear: num_sites is 0; it must be an int of at least 1"),
         (lambda: Schedule.linear().plan(3, 0), r"Schedule\.linear: num_steps is 0"),
