@@ -4,8 +4,8 @@ For each rule, the plan that calibration finds at the rule's share of reuse; for
 how well the coefficients order plans (rank correlation of predicted with real error, over random plans), what INT8
 adds, and what it all took, in generations.
 
-    python bench/calibration.py                    # half an hour on two cores
-    python bench/calibration.py --guidance 1 --output bench/results/calibration-guidance1.json
+    python bench/calibration.py                    # a quarter of an hour on two cores
+    python bench/calibration.py --guidance 1 --output runs/guidance1/calibration.json
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=10, help="of each seed")
     parser.add_argument("--random", type=int, default=24, help="random plans, for the rank correlation")
     parser.add_argument("--backend", default="eager")
-    parser.add_argument("--output", type=Path, default=common.RESULTS / "calibration.json")
+    parser.add_argument("--output", type=Path, default=common.RESULTS / "calibration" / "calibration.json")
     args = parser.parse_args(argv)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     model, scheduler = digits.load(), digits.make_scheduler()
     classes = [i % 10 for i in range(args.images)]
 
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         for rule, plan in cases:
             started, before = time.perf_counter(), calibration.generations
             found = calibration.choose(f"reuse={plan.reuse_ratio}")
+            found.save(args.output.with_name(f"plan-reuse-{100 * plan.reuse_ratio:.0f}.json"))
             rows.append(
                 {
                     "against": rule,
