@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import PlanError
+from dqar_fx.graph.sites import Site
 from dqar_fx.plan import Plan
 
 _SAMPLED = 64  # elements of each weight that the fingerprint reads
@@ -68,6 +69,23 @@ def check(plan: Plan, model: nn.Module, scheduler: Any, cache: CacheConfig) -> N
             f"this plan was calibrated for {'; '.join(differing)}: the error that it promises was not measured for "
             f"this. Calibrate anew to know it.",
             stacklevel=3,
+        )
+
+
+def shapes_of(sites: Sequence[Site]) -> list[list[list[str]]]:
+    """For each site the shapes of its exits, but for the batch: of an image's size, a prompt's length."""
+    return [[[str(n) for n in shape[1:]] for shape in site.shapes] for site in sites]
+
+
+def check_shapes(plan: Plan, sites: Sequence[Site]) -> None:
+    """Warn where a calibrated plan meets a model that is called with other sizes than it was made for."""
+    made = (plan.calibration or {}).get("shapes")
+    if made is not None and made != shapes_of(sites):
+        here, there = next((h, m) for h, m in zip(shapes_of(sites), made, strict=True) if h != m)
+        warnings.warn(
+            f"this plan was calibrated at another size: an attention's result was {there} then (without the batch) and "
+            f"is {here} now, and the error that it promises was not measured for that. Calibrate anew to know it.",
+            stacklevel=2,
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dqar_fx.backend import make_runtime
-from dqar_fx.calibration.binding import identity
+from dqar_fx.calibration.binding import identity, shapes_of
 from dqar_fx.calibration.budget import ERRORS, Budget
 from dqar_fx.calibration.records import Records
 from dqar_fx.calibration.runs import Loss, Runs
@@ -128,12 +128,13 @@ class Calibration:
         runtime.latents = latents[0]
         tapped = TappedModel(self.model, runtime)
         found: list[Coefficients] = []
+        if self._records is not None and self._records.sweep(self.seeds[0]) is not None:
+            final = Sweep(self.model, tapped, self._sample, timestep, latents, 1).forwards(self.seeds[0])
+            self._records.check(self.seeds[0], final)
         with self._bar("what each reuse would cost", len(self.seeds)) as advance:
             for seed in self.seeds:
                 found.append(self._coefficients(seed, tapped, timestep, latents))
                 advance()
-        if not tapped.graphs:  # all of it was on record: capture the model all the same, for its sites
-            Sweep(self.model, tapped, self._sample, timestep, latents, 1).forwards(self.seeds[0])
         self.coefficients = np.concatenate(found)
         if len(self.coefficients) < FEW_PROJECTIONS:
             warnings.warn(
@@ -151,9 +152,9 @@ class Calibration:
         if self._records is not None:
             known = self._records.sweep(seed)
             if known is not None:
-                return known
+                return known.coefficients
         sweep = Sweep(self.model, tapped, self._sample, timestep, latents, self._max_age)
-        sweep.forwards(seed)
+        final = sweep.forwards(seed)
         if sweep.num_steps != self.num_steps:
             raise CalibrationError(
                 f"with seed {seed} sample() called the model at {sweep.num_steps} different timesteps, and num_steps "
@@ -170,7 +171,7 @@ class Calibration:
                 f"the gradients of seed {seed} are not finite. Calibrate in float32 or bfloat16 (float16 overflows)."
             )
         if self._records is not None:
-            self._records.keep_sweep(seed, found)
+            self._records.keep_sweep(seed, found, final)
         return found
 
     # -- plans -------------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ class Calibration:
             f"calibrated ({candidate.groups})",
             {
                 "for": {key: self._identity[key] for key in ("model", "weights", "scheduler", "cache")},
-                "shapes": [[str(n) for n in shape] for shape in self.sites[0].shapes],
+                "shapes": shapes_of(self.sites),
                 "speedup_in_flop": self.bound(candidate.reuse),
                 **record,
             },
@@ -226,10 +227,8 @@ class Calibration:
 
     def first_order_psnr(self, candidate: Candidate) -> float:
         """The PSNR that the coefficients alone predict."""
-        samples = self._real_runs.reference(self.seeds[0])
-        numel = samples[0].numel() if len(self.coefficients) >= len(self.seeds) * len(samples) else samples.numel()
-        mse = candidate.squared_error / numel
-        return 10 * math.log10(self._real_runs.data_range**2 / mse) if mse else math.inf
+        error = candidate.squared_error
+        return 10 * math.log10(self._real_runs.data_range**2 / error) if error else math.inf
 
     @property
     def generations(self) -> int:

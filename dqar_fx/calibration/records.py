@@ -6,15 +6,27 @@ import json
 import secrets
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from dqar_fx.calibration.solve import Coefficients
 from dqar_fx.errors import CalibrationError
 
 IDENTITY = "calibration.json"
+#: Two runs of one seed differ by less, relative to the norm: kernels may round otherwise on another day.
+SAME = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A sweep's coefficients, and the L2 norm of its final sample."""
+
+    coefficients: Coefficients
+    norm: float
 
 
 class Records:
@@ -48,18 +60,32 @@ class Records:
         else:
             write(path, lambda file: file.write_text(json.dumps(dict(identity), indent=2) + "\n", encoding="utf-8"))
 
-    def sweep(self, seed: int) -> Coefficients | None:
+    def sweep(self, seed: int) -> Recorded | None:
         """What was found with ``seed``; None if nothing was, or the file is damaged."""
         try:
             with np.load(self._path(seed), allow_pickle=False) as stored:
-                found: Coefficients = stored["coefficients"]
+                return Recorded(stored["coefficients"], float(stored["norm"]))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
-        return found
 
-    def keep_sweep(self, seed: int, coefficients: Coefficients) -> None:
+    def keep_sweep(self, seed: int, coefficients: Coefficients, final: Tensor) -> None:
         """Write it down; the file appears whole or not at all."""
-        write(self._path(seed), lambda file: np.savez(file, coefficients=coefficients))
+        norm = float(final.double().norm())
+        write(self._path(seed), lambda file: np.savez(file, coefficients=coefficients, norm=norm))
+
+    def check(self, seed: int, final: Tensor) -> None:
+        """Compare a sample with the one of before: another prompt or guidance is another calibration.
+
+        Raises:
+            CalibrationError: it is another one.
+        """
+        known = self.sweep(seed)
+        norm = float(final.double().norm())
+        if known is not None and abs(norm - known.norm) > SAME * known.norm:
+            raise CalibrationError(
+                f"{self._folder} holds the calibration of another sampler: with seed {seed} its sample had the norm "
+                f"{known.norm:.6g}, now it is {norm:.6g}. Was the prompt or the guidance another? Give another folder."
+            )
 
     def _path(self, seed: int) -> Path:
         return self._folder / f"seed-{seed}.npz"

@@ -33,7 +33,7 @@ class Candidate:
     Attributes:
         reuse: bool ``[T, S]``.
         saved: the share of the work that is saved, 0 to 1.
-        squared_error: ``|e|^2`` of a final sample, to first order, mean over samples.
+        squared_error: of an element of the final sample, to first order, mean over all.
         groups: how the sites were grouped.
     """
 
@@ -44,7 +44,7 @@ class Candidate:
 
 
 def predict(c: Coefficients, reuse: Table) -> float:
-    """``|e|^2`` of the final sample under ``reuse``, to first order; the mean over the projections."""
+    """The mean squared error of the final sample under ``reuse``, to first order."""
     age = Plan(reuse).age
     steps, sites = np.nonzero(reuse)
     error = c[:, steps, sites, age[steps, sites]].sum(1)

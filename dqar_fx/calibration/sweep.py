@@ -11,6 +11,7 @@ latents of all steps, the activations of one, and the values and gradients of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,9 +144,10 @@ class Sweep:
         """What each reuse would do to the final sample, projected on one random vector for each sample of the batch.
 
         Returns:
-            ``c [B, T, S, A + 1]``: to first order, ``w_b . e_b = sum c[b, t, s, age]`` over all that a plan reuses, for
-            a sample's error ``e_b`` (final with reuse - final without) and normal ``w_b``. Where nothing tells the
-            samples of a batch apart, B is 1 and the sum is over the whole batch.
+            ``c [B, T, S, A + 1]``: to first order, ``w_b . e_b / sqrt(n) = sum c[b, t, s, age]`` over all that a plan
+            reuses, for a sample's error ``e_b`` (final with reuse - final without, of ``n`` elements) and normal
+            ``w_b``: its mean square is the mean squared error of an element. Where nothing tells the samples of a
+            batch apart, B is 1 and the batch is one sample.
         """
         final = self._final
         assert final is not None
@@ -164,7 +166,7 @@ class Sweep:
             return back
 
         self._run_backwards(final, weights, on_backward)
-        return table.numpy()
+        return table.numpy() / math.sqrt(final.numel() / num)
 
     # -- the model, in place of which a recorded call stands --------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from dqar_fx.calibration.binding import check_shapes
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CaptureError, RuntimeStateError
 from dqar_fx.gates import Gates
@@ -319,6 +320,8 @@ class Runtime:
                 raise CaptureError(self._nothing_found(found))
             if whole and not self._graphs:
                 self._plans.plan(len(regions), None)  # a plan for another number of sites is refused before any compile
+                if isinstance(self.schedule, Plan):
+                    check_shapes(self.schedule, [region.site for region in regions])
             measures = self._gating.measures if self._gating is not None else frozenset[str]()
             compares = self._gating is not None and self._gating.gates.cross_branch is not None
             graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants, measures, compares=compares)

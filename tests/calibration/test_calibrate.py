@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,10 @@ def test_the_plan_goes_through_a_file_and_is_bound_to_what_it_was_made_for(
         optimized(cache=CacheConfig(dtype="native"))
     with pytest.warns(UserWarning, match="scheduler DDIMScheduler"):
         optimized(scheduler=type(scheduler).from_config(scheduler.config, clip_sample=True))
+    dqar_fx.optimize(model, loaded, backend="eager", scheduler=scheduler)
+    with pytest.warns(UserWarning, match="calibrated at another size"), torch.no_grad():
+        model(torch.zeros(1, 1, 4, 4), timestep=torch.tensor([999]), class_labels=torch.tensor([1]))
+    dqar_fx.restore(model)
     with torch.no_grad():
         model.proj_out_2.bias.add_(1)
     with pytest.warns(UserWarning, match="weights"):
@@ -148,11 +153,14 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(tmp_path: Path) -> 
     (folder / "seed-1.npz").write_bytes(b"half of it")  # as a machine that lost its power leaves it
     sample.stops, sample.seeds = False, []
     resumed = Calibration(model, sample, folder=folder, **settings)
-    assert sample.seeds == [1, 2]
+    assert sample.seeds == [0, 1, 2]  # the first one forwards only: is it still the same sampler?
     assert (resumed.coefficients[: len(first)] == first).all()
     assert len(resumed.coefficients) == 3 * len(first)
     with pytest.raises(CalibrationError, match="holds another calibration"):
         Calibration(model, sample, folder=folder, cache=CacheConfig(dtype="int4"), **settings)
+    guided = partial(digits.sample, classes=range(IMAGES), num_steps=4, guidance=4.0)
+    with pytest.raises(CalibrationError, match="of another sampler"):
+        Calibration(model, lambda module, seed: guided(module, seed=seed), folder=folder, **settings)
 
 
 def test_other_numbers_of_steps_and_too_few_seeds_are_refused() -> None:
