@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import matplotlib as mpl
@@ -13,10 +15,22 @@ import torch
 from diffusers import DDIMScheduler
 
 import dqar_fx
+from dqar_fx.calibration.budget import Budget
+from dqar_fx.calibration.calibrate import calibrate
+from dqar_fx.calibration.sampling import sampler_of
 from tests.models import make_dit
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def calibrated(*args: Any, **kwargs: Any) -> dqar_fx.Plan:
+    """What ``calibrate`` takes, without the minutes that it takes (it has tests of its own)."""
+    given = inspect.signature(calibrate).bind(*args, **kwargs)
+    given.apply_defaults()
+    sampler_of(given.arguments["model"], given.arguments["sample"], given.arguments["scheduler"], 50)
+    assert isinstance(Budget.parse(given.arguments["budget"]), Budget)
+    return dqar_fx.Schedule.interval(given.arguments["num_steps"]).plan(3)
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,8 +41,15 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     pipe = SimpleNamespace(transformer=make_dit(), scheduler=scheduler)
     hub = SimpleNamespace(from_pretrained=lambda _name: pipe)
     monkeypatch.setattr(diffusers, "DiTPipeline", hub)
-    names = {"model": pipe.transformer, "timesteps": scheduler.timesteps, "torch": torch}
-    assert len(BLOCKS) == 6
+    monkeypatch.setattr(dqar_fx, "calibrate", calibrated)
+    names = {
+        "model": pipe.transformer,
+        "timesteps": scheduler.timesteps,
+        "torch": torch,
+        "scheduler": scheduler,
+        "sample": lambda _model, _seed: torch.zeros(1),
+    }
+    assert len(BLOCKS) == 7
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["plan"], dqar_fx.Plan)

@@ -174,8 +174,9 @@ def test_other_numbers_of_steps_and_too_few_seeds_are_refused() -> None:
     assert model._compiled_call_impl is None
 
 
-def test_a_pipeline_takes_the_place_of_both() -> None:
-    pipe, arguments = BUILDERS["dit"](Request())
+@pytest.mark.parametrize("name", ["dit", "wan"])  # with a VAE, whose decoding is left out; and without, of video
+def test_a_pipeline_takes_the_place_of_both(name: str) -> None:
+    pipe, arguments = BUILDERS[name](Request())
     arguments = {k: v for k, v in arguments.items() if k not in ("generator", "num_inference_steps")}
     with pytest.warns(UserWarning, match="random projections"):
         plan = calibrate(
@@ -183,5 +184,5 @@ def test_a_pipeline_takes_the_place_of_both() -> None:
         )
     assert plan.reuse_ratio >= 0.4
     assert plan.calibration is not None
-    assert plan.calibration["for"]["model"] == "DiTTransformer2DModel"
+    assert plan.calibration["for"]["model"] == type(pipe.transformer).__name__
     assert plan.calibration["for"]["scheduler"].startswith(type(pipe.scheduler).__name__)
