@@ -19,6 +19,7 @@ from dqar_fx.backend import make_runtime
 from dqar_fx.calibration.binding import identity, shapes_of
 from dqar_fx.calibration.budget import ERRORS, Budget
 from dqar_fx.calibration.records import Records
+from dqar_fx.calibration.rules import rule_frontier
 from dqar_fx.calibration.runs import Loss, Runs
 from dqar_fx.calibration.sampling import Sampler, sampler_of
 from dqar_fx.calibration.solve import Candidate, Coefficients, between, frontier
@@ -46,7 +47,7 @@ class Calibration:
     """What each reuse of a model costs, and the plans that follow from it.
 
     Args:
-        model, sample, num_steps, seeds, cache, scheduler, sites, max_age, backend: as for ``calibrate``.
+        model, sample, num_steps, seeds, cache, scheduler, sites, max_age, rules_only, backend: as for ``calibrate``.
         folder: where what was found is kept, so that an interrupted calibration goes on where it stopped.
         progress: show a progress bar on standard error.
 
@@ -64,6 +65,7 @@ class Calibration:
         scheduler: Any = None,
         sites: Any = None,
         max_age: int = 12,
+        rules_only: bool = False,
         backend: str | Callable[..., Any] = "inductor",
         folder: str | Path | None = None,
         progress: bool = True,
@@ -79,6 +81,7 @@ class Calibration:
         self._max_age = min(max_age, num_steps - 1)
         self._settings = {"cache": cache, "scheduler": self._scheduler, "sites": sites, "backend": backend}
         self._progress = progress
+        self._rules_only = rules_only
         bound = {**identity(self.model, self._scheduler, cache), "num_steps": num_steps, "max_age": self._max_age}
         self._records = Records(folder, bound) if folder is not None else None
         self._identity = bound
@@ -177,11 +180,19 @@ class Calibration:
     # -- plans -------------------------------------------------------------------------------------------------------
 
     def candidates(self) -> dict[str, list[Candidate]]:
-        """Plans from little reused to everything, with the sites grouped: all together, by kind, each alone."""
+        """Plans from little reused to everything, with the sites grouped: all together, by kind, each alone.
+
+        Or the best of the rules, if that is what was asked for.
+        """
         exact = [i for i, site in enumerate(self.sites) if site.lossless]
         free = [i for i, site in enumerate(self.sites) if not site.lossless]
         if not free:
             raise CalibrationError("every site of this model is exact when it is reused: there is nothing to choose.")
+        if self._rules_only:
+            found = rule_frontier(self.coefficients, lambda reuse: 1 - 1 / self.bound(reuse), exact=exact)
+            if not found:
+                raise CalibrationError(f"no rule has ages of at most {self._max_age}. Give a larger max_age.")
+            return {"all": found}
         kinds: dict[str, list[int]] = {}
         for i in free:
             kinds.setdefault(self.sites[i].kind, []).append(i)
@@ -208,7 +219,7 @@ class Calibration:
         """The candidate as a plan that knows what it was made for."""
         return Plan(
             candidate.reuse,
-            f"calibrated ({candidate.groups})",
+            candidate.groups if self._rules_only else f"calibrated ({candidate.groups})",
             {
                 "for": {key: self._identity[key] for key in ("model", "weights", "scheduler", "cache")},
                 "shapes": shapes_of(self.sites),
@@ -324,7 +335,7 @@ class Calibration:
             found, index = others, self._bisect(others, budget)
             here = self.measure(found[index], self.seeds).psnr
         finer = [found[index]]
-        if index + 1 < len(found):
+        if index + 1 < len(found) and not self._rules_only:
             finer += between(self.coefficients, found[index], found[index + 1])
         ladder = [*found[:index], *finer[: self._bisect(finer, budget) + 1]]
         for candidate in reversed(ladder):
@@ -383,6 +394,7 @@ def calibrate(
     scheduler: Any = None,
     sites: Any = None,
     max_age: int = 12,
+    rules_only: bool = False,
     backend: str | Callable[..., Any] = "inductor",
     folder: str | Path | None = None,
     progress: bool = True,
@@ -405,6 +417,9 @@ def calibrate(
         cache: how stored values look; its quantisation error is part of what is measured.
         scheduler, sites, backend: as for ``optimize``.
         max_age: largest age of a stored value, in steps. Memory: so many gradients of every attention's result.
+        rules_only: take the best of ``Schedule``'s rules (taper, interval, linear with a refresh, over a grid of their
+            arguments) instead of any plan. Two or three seeds tell rules apart, and the rule,
+            ``Schedule.parse(plan.schedule)``, can be planned for other numbers of steps.
         folder: where results are kept as they come in; a calibration that was interrupted goes on from there.
         progress: show a progress bar on standard error, if that is a terminal.
 
@@ -417,7 +432,7 @@ def calibrate(
     """
     with Calibration(
         model, sample, num_steps=num_steps, seeds=seeds, cache=cache, scheduler=scheduler, sites=sites,
-        max_age=max_age, backend=backend, folder=folder, progress=progress,
+        max_age=max_age, rules_only=rules_only, backend=backend, folder=folder, progress=progress,
     ) as calibration:  # fmt: skip
         return calibration.choose(Budget.parse(budget))
 

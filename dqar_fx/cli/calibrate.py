@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=10, metavar="N", help="digits per seed (default: 10)")
     parser.add_argument("--guidance", type=float, metavar="W", help="of the digits; 1 is without (default: 1.5)")
     parser.add_argument("--cache", default="int8", metavar="TEXT", help="how values are stored (default: int8)")
+    parser.add_argument(
+        "--rules", action="store_true", help="choose among rules (taper, interval, ...) only; 2 seeds will do"
+    )
     parser.add_argument("--max-age", type=int, default=12, metavar="N", help="oldest value that is read (default: 12)")
     parser.add_argument(
         "--points", type=int, default=POINTS, metavar="N", help=f"plans in the Pareto table (default: {POINTS})"
@@ -76,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     model, sample, scheduler = _load(args)
     with Calibration(
         model, sample, num_steps=args.steps, seeds=range(args.seeds), cache=CacheConfig.parse(args.cache),
-        scheduler=scheduler, max_age=args.max_age, backend=args.backend, folder=args.output / "sweeps",
+        scheduler=scheduler, max_age=args.max_age, rules_only=args.rules,
+        backend=args.backend, folder=args.output / "sweeps",
     ) as calibration:  # fmt: skip
         rows = pareto(calibration, args.points)
         say(tabulate([_cells(row) for row in rows], headers=_HEADERS, disable_numparse=True, stralign="right"))

@@ -74,6 +74,17 @@ def test_a_speedup_is_counted_in_flop(calibration: Calibration) -> None:
     assert 1.15 <= plan.calibration["speedup_in_flop"] < 1.25
 
 
+def test_the_best_of_the_rules_is_a_rule(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_rules_only", True)
+    plan = calibration.choose("reuse=0.4")
+    rule = Schedule.parse(plan.schedule or "")
+    assert rule.plan(6) == plan
+    assert rule.name == "taper"  # on this model
+    usual = Schedule.interval(STEPS, every=2, warmup=1).plan(6)
+    unseen = range(50, 53)
+    assert calibration.measure_plan(plan, unseen).psnr > calibration.measure_plan(usual, unseen).psnr
+
+
 @pytest.mark.parametrize(
     ("budget", "best"),
     [

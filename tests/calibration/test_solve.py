@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from dqar_fx.calibration.rules import rule_frontier, rules
 from dqar_fx.calibration.solve import (
     best_runs,
     best_runs_of_each_size,
@@ -14,6 +15,8 @@ from dqar_fx.calibration.solve import (
     predict,
     run_costs,
 )
+from dqar_fx.plan import Plan
+from dqar_fx.schedule import Schedule
 
 T, S, A, N = 7, 3, 3, 5
 
@@ -85,6 +88,20 @@ def test_a_frontier_goes_from_little_to_much(c: npt.NDArray[np.float64], groups:
 def test_what_is_exact_is_read_at_every_step(c: npt.NDArray[np.float64]) -> None:
     for candidate in frontier(c, [[0, 2]], [0.2], "all", exact=[1]):
         assert candidate.reuse[1:, 1].all()
+
+
+def test_of_the_rules_those_are_left_that_no_other_beats(c: npt.NDArray[np.float64]) -> None:
+    found = rule_frontier(c, lambda reuse: float(reuse.mean()), exact=[1])
+    every = [rule.plan(S).reuse for rule in rules(T)]
+    for candidate in found:
+        assert Schedule.parse(candidate.groups).plan(S).reuse[:, [0, 2]].tolist() == candidate.reuse[:, [0, 2]].tolist()
+        assert candidate.reuse[1:, 1].all()
+        for reuse in every:
+            exact = reuse.copy()
+            exact[1:, 1] = True
+            if reuse.any() and Plan(reuse).age.max() <= A and exact.mean() >= candidate.saved:
+                assert predict(c, reuse) >= candidate.squared_error
+    assert [a.saved for a in found] == sorted({a.saved for a in found})
 
 
 def test_between_two_neighbours_one_site_after_the_other_goes_further(c: npt.NDArray[np.float64]) -> None:
