@@ -180,7 +180,7 @@ def measure(task: Task, contenders: Sequence[Configuration], progress: Bar, note
                 references.append(images)
                 if number == 0:
                     _add_lpips(task, images, notes)
-            _judge(task, each, images, references[number])
+            judge(task, each, images, references[number])
             runtime = each.runtime
             each.reuse.append(0.0 if runtime is None else runtime.stats.reuse_ratio)
             if number == 0:
@@ -199,7 +199,8 @@ def _add_lpips(task: Task, images: Tensor, notes: list[str]) -> None:
         notes.append(str(error))
 
 
-def _judge(task: Task, each: Configuration, images: Tensor, references: Tensor) -> None:
+def judge(task: Task, each: Configuration, images: Tensor, references: Tensor) -> None:
+    """Add what can be said of one seed's images, against the baseline's, to ``each``."""
     from dqar_fx import digits, evaluation
 
     errors = evaluation.squared_error(images, references)

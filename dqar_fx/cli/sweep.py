@@ -1,5 +1,7 @@
 """``dqar-fx sweep --dummy``: DQAR's benchmark of its gates, measured anew: time, memory and reuse of a dummy model.
 
+With ``--model``, schedules, caches and gates of a real one: see ``sweep_grid``.
+
 Every configuration of DQAR's controller (limit on the entropy, limit on the number of reuses) draws the same samples as
 a loop without it. The loop is driven by hand and nothing is compiled: this shows what gates decide and what asking
 them costs. What reuse gains on top of ``torch.compile`` is shown by ``dqar-fx demo``.
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from dqar_fx.cli.terminal import Bar
     from dqar_fx.controller import Controller
 
-HELP = "sweep the limits of DQAR's gates over a small dummy model: time, memory and reuse of each (no download)"
+HELP = "sweep schedules, caches and gates over a model, and draw what each costs; or DQAR's gates over a dummy model"
 
 BASELINE, STATIC, DQAR = "baseline", "static", "dqar"
 UNTIMED = 2  # generations of each configuration before the timed ones: one to warm up, one to measure memory
@@ -52,7 +54,10 @@ def original_rule(step: int, site: int, num_steps: int, num_sites: int) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to sweep over, and where the results go."""
-    parser.add_argument("--dummy", action="store_true", help="sweep the dummy model; for now there is no other")
+    from dqar_fx.cli import sweep_grid
+
+    sweep_grid.add_arguments(parser)
+    parser.add_argument("--dummy", action="store_true", help="sweep DQAR's gates over the dummy model instead; for it:")
     parser.add_argument(
         "--thresholds",
         default="1.5,3.0,5.0",
@@ -82,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("dqar-sweep"),
         metavar="FOLDER",
-        help="for sweep.json and sweep.png (default: dqar-sweep)",
+        help="for the results (default: dqar-sweep)",
     )
 
 
@@ -128,16 +133,14 @@ def run(args: argparse.Namespace) -> int:
     """Measure every configuration, print the table, and write ``sweep.json`` and ``sweep.png``."""
     import torch
 
-    from dqar_fx.cli import dummy
+    from dqar_fx.cli import dummy, sweep_grid
     from dqar_fx.cli.models import CommandError
     from dqar_fx.cli.terminal import bar, say
 
+    if args.dummy == (args.model is not None):
+        raise CommandError("sweep over which model? Give --model digits (or a DiT pipeline), or --dummy.")
     if not args.dummy:
-        raise CommandError(
-            "sweep has only the dummy model so far: add --dummy. For a model of your own, drive its loop with "
-            "dqar_fx.Controller (examples/minimal_loop.py shows how); for the gain of a schedule on a diffusers "
-            "pipeline, use dqar-fx demo --model."
-        )
+        return sweep_grid.run(args)
     for name in ("runs", "threads"):
         if (value := getattr(args, name)) < 1:
             raise CommandError(f"--{name} {value}: give at least 1.")

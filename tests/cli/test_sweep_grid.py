@@ -1,0 +1,111 @@
+"""``dqar-fx sweep --model``: what the texts stand for, what is written, and how an interrupted sweep goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dqar_fx.cli import main, sweep_grid, sweep_report
+from dqar_fx.gates import ChangeGate, EntropyGate, Gates, SnrGate
+
+FAST = ("--model", "digits", "--steps", "5", "--images", "8", "--batch", "4", "--backend", "eager")
+
+
+def test_braces_stand_for_all_their_values() -> None:
+    assert sweep_grid.expand("interval:every={2,3},warmup={0.1,0.2}") == [
+        "interval:every=2,warmup=0.1",
+        "interval:every=2,warmup=0.2",
+        "interval:every=3,warmup=0.1",
+        "interval:every=3,warmup=0.2",
+    ]
+    assert sweep_grid.expand("taper") == ["taper"]
+    assert sweep_grid.expand("{int8,native,int8}") == ["int8", "native"]
+
+
+def test_gates_are_read_from_text() -> None:
+    assert sweep_grid.parse_gates("none") is None
+    expected = Gates(entropy=EntropyGate(2.0), snr=SnrGate(0.1), change=ChangeGate(0.2), max_age=6, max_reuse=4)
+    assert sweep_grid.parse_gates("entropy=2,snr=0.1,change=0.2,max_age=6,max_reuse=4") == expected
+    assert sweep_grid.parse_gates("change=0.1") == Gates(entropy=None, snr=None, change=ChangeGate(0.1))
+
+
+def row(key: str, rule: str, speedup: float, psnr: float | None, **more: Any) -> dict[str, Any]:
+    return {
+        "key": key, "rule": rule, "schedule": key, "cache": "int8:token", "gates": "none", "flop_speedup": speedup,
+        "measured_speedup": 1.0, "reuse_ratio": {"value": 0.5}, "reuse_by_step": [0.0, 1.0],
+        "psnr_db": None if psnr is None else {"value": psnr}, "refresh": None, "deep_first": False, "warmup": 0.1,
+        "fraction": 1.0, "frechet": None, **more,
+    }  # fmt: skip
+
+
+def test_the_front_holds_what_no_other_beats_in_both() -> None:
+    rows = [row("a", "x", 1.1, 50), row("b", "x", 1.2, 40), row("c", "x", 1.2, 45), row("d", "x", 1.05, 44)]
+    rows += [row("e", "x", 1.3, 20), row("f", "x", 1.0, None)]
+    assert sweep_report.on_the_front(rows) == {"a", "c", "e"}
+
+
+def test_a_sweep_measures_each_once_and_reports_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schedules = ("--schedule", "linear:warmup={0.1,0.4},fraction={0.5,1.0}", "--schedule", "taper:first=3,last=1")
+    command = ["sweep", *FAST, "--output", str(tmp_path)]
+    assert main([*command, *schedules[:2]]) == 0
+    assert "4 configurations, 0 of them measured before" in capsys.readouterr().out
+    path = tmp_path / "sweep.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:40])  # cut short, as by a crash
+    with path.open("a") as file:
+        file.write("\n")
+    assert main([*command, *schedules]) == 0
+    assert "5 configurations, 3 of them measured before" in capsys.readouterr().out
+    rows = sweep_grid.read(tmp_path)
+    assert {key.split(" | ")[0].split(":")[0] for key in rows} == {"linear", "taper"}
+    assert len(rows) == 5
+    for each in rows.values():
+        assert 1 < each["flop_speedup"] < 2
+        assert each["reuse_ratio"]["value"] == pytest.approx(sum(each["reuse_by_step"]) / 5)
+        assert each["psnr_db"]["value"] > 5
+        assert each["frechet"]["to_baseline"]["value"] > 0
+    ratios = {(r["warmup"], r["fraction"]): r["reuse_ratio"]["value"] for r in rows.values() if r["rule"] == "linear"}
+    assert ratios[0.1, 1.0] > ratios[0.4, 1.0] > ratios[0.4, 0.5]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<tr") == 6
+    assert {"pareto.png", "heat.png", "steps.png"} <= {file.name for file in tmp_path.iterdir()}
+    assert not list(tmp_path.glob(".*.claim"))
+    settings = json.loads((tmp_path / "sweep.json").read_text())["settings"]
+    assert settings["images"] == 8
+    assert (
+        main(["sweep", *FAST[:-4], "--images", "4", "--batch", "2", "--backend", "eager", "--output", str(tmp_path)])
+        == 2
+    )
+    assert "holds a sweep with other settings" in capsys.readouterr().err
+
+
+def test_what_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
+    with sweep_grid._claimed(tmp_path, "a") as first, sweep_grid._claimed(tmp_path, "a") as second:
+        assert first
+        assert not second
+    with sweep_grid._claimed(tmp_path, "a") as again:
+        assert again
+    (tmp_path / "sweep.jsonl").write_text(json.dumps({"key": "a"}) + "\n")
+    with sweep_grid._claimed(tmp_path, "a") as done:
+        assert not done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "over which model"),
+        (["--model", "digits", "--dummy"], "over which model"),
+        (["--model", "digits", "--schedule", "sometimes"], "there is no schedule 'sometimes'"),
+        (["--model", "digits", "--gates", "mood=3"], "there is no 'mood'"),
+        (["--model", "digits", "--gates", "change"], "is not NAME=NUMBER"),
+        (["--model", "digits", "--images", "7"], "a multiple of the batch"),
+    ],
+)
+def test_it_refuses_what_has_no_meaning(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["sweep", *arguments, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
