@@ -138,7 +138,10 @@ def run(args: argparse.Namespace) -> int:
     from dqar_fx.cli.terminal import bar, say
 
     if args.dummy == (args.model is not None):
-        raise CommandError("sweep over which model? Give --model digits (or a DiT pipeline), or --dummy.")
+        raise CommandError(
+            "sweep over which model? Give --model digits (or a DiT pipeline), or --dummy. For a loop of your own, drive "
+            "it with dqar_fx.Controller (examples/minimal_loop.py shows how)."
+        )
     if not args.dummy:
         return sweep_grid.run(args)
     for name in ("runs", "threads"):

@@ -131,7 +131,7 @@ def test_the_random_state_of_the_caller_stays() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "add --dummy.*dqar_fx.Controller.*minimal_loop.py.*dqar-fx demo"),
+        ([], "Give --model digits.*or --dummy.*dqar_fx.Controller.*minimal_loop.py"),
         (["--dummy", "--runs", "0"], "--runs 0: give at least 1"),
         (["--dummy", "--threads", "0"], "--threads 0: give at least 1"),
         (["--dummy", "--thresholds", "1.5,x"], "--thresholds 1.5,x: give numbers separated by commas, as in 1.5"),
