@@ -139,8 +139,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.dummy == (args.model is not None):
         raise CommandError(
-            "sweep over which model? Give --model digits (or a DiT pipeline), or --dummy. For a loop of your own, drive "
-            "it with dqar_fx.Controller (examples/minimal_loop.py shows how)."
+            "sweep over which model? Give --model digits (or a DiT pipeline), or --dummy. For a loop of your own, "
+            "drive it with dqar_fx.Controller (examples/minimal_loop.py shows how)."
         )
     if not args.dummy:
         return sweep_grid.run(args)
