@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -31,6 +32,12 @@ def isolation() -> dict[str, Any]:
     if "recompile_limit" in known:
         settings["recompile_limit"] = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     return settings
+
+
+def state_names(model: nn.Module) -> frozenset[str]:
+    """Names of the model's parameters and buffers, all of those that one has."""
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return frozenset(name for each in named for name, _ in each)
 
 
 class OptimizedCall:

@@ -15,7 +15,7 @@ from dqar_fx import standins
 from dqar_fx.backend import CaptureBackend, make_runtime, runtime_of_compiled
 from dqar_fx.calibration import binding
 from dqar_fx.checks import check_model, check_parts
-from dqar_fx.compiled import OptimizedCall, isolation
+from dqar_fx.compiled import OptimizedCall, isolation, state_names
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import RuntimeStateError
 from dqar_fx.gates import Gates
@@ -78,9 +78,7 @@ def optimize(
         schedule=schedule, cache=cache, gates=gates, scheduler=scheduler, sites=sites, backend=backend, mode=mode,
         options=options, dynamic=dynamic,
     )  # fmt: skip
-    runtime.state_names = frozenset(
-        name for named in (model.named_parameters, model.named_buffers) for name, _ in named(remove_duplicate=False)
-    )
+    runtime.state_names = state_names(model)
     settings = {"dynamic": dynamic, "fullgraph": fullgraph, **isolation()}
     reference = weakref.ref(model)  # Dynamo keeps the backend for as long as it keeps the code
     capture = CaptureBackend(runtime, delimited=True, check=lambda: check_parts(reference()))

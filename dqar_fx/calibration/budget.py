@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from dqar_fx.errors import CalibrationError
 
-#: Those that limit the error, and those that ask for a saving.
-ERRORS, SAVINGS = ("psnr", "rel_error"), ("speedup", "reuse")
+#: Those that limit the error; the others ask for a saving.
+ERRORS = ("psnr", "rel_error")
 
 
 @dataclass(frozen=True, slots=True)

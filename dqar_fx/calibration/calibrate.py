@@ -26,6 +26,7 @@ from dqar_fx.calibration.solve import Candidate, Coefficients, between, frontier
 from dqar_fx.calibration.sweep import Sweep
 from dqar_fx.calibration.taps import TappedModel
 from dqar_fx.checks import check_model
+from dqar_fx.compiled import state_names
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CalibrationError
 from dqar_fx.graph.flops import Work
@@ -122,11 +123,7 @@ class Calibration:
             sites=self._settings["sites"],
             backend="eager",
         )
-        runtime.state_names = frozenset(
-            name
-            for named in (self.model.named_parameters, self.model.named_buffers)
-            for name, _ in named(remove_duplicate=False)
-        )
+        runtime.state_names = state_names(self.model)
         latents = next(((name, i) for i, name in enumerate(names) if name != timestep[0]), ("", -1))
         runtime.latents = latents[0]
         tapped = TappedModel(self.model, runtime)
@@ -269,8 +266,7 @@ class Calibration:
         wanted = budget if isinstance(budget, Budget) else Budget.parse(budget)
         # Coefficients come from the first seeds. Plans are judged by these and as many others: a mean over few seeds
         # is off by a decibel. What is promised is verified on seeds that had no part in either.
-        others = itertools.islice((s for s in itertools.count(max(self.seeds) + 1)), 2 * len(self.seeds))
-        more = list(others)
+        more = list(itertools.islice(itertools.count(max(self.seeds) + 1), 2 * len(self.seeds)))
         self._judges = [*self.seeds, *more[: len(self.seeds)]]
         unseen = more[len(self.seeds) :] if unseen is None else [int(seed) for seed in unseen]
         if set(unseen) & set(self._judges):

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dqar_fx.calibration.taps import TappedModel, as_stored
+from dqar_fx.calibration.sampling import Sampler
+from dqar_fx.calibration.taps import TappedModel, Visitor, as_stored
 from dqar_fx.errors import CalibrationError
 from dqar_fx.graph.inspect import first_line
 from dqar_fx.graph.specialise import ExitLayout
 from dqar_fx.runtime.identity import read_timestep
-
-Sampler = Callable[[nn.Module, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +41,6 @@ class _Call:
     leaves: tuple[Any, ...]  # of its arguments
     followed: frozenset[int]  # the leaves that gradients are followed to: the latents, and what comes from them
     spec: pytree.TreeSpec
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.step, self.index
 
 
 @dataclass(slots=True)
@@ -87,7 +82,6 @@ class Sweep:
         self._timestep: object = None
         self._final: Tensor | None = None
         self._anchor = torch.zeros((), requires_grad=True)
-        self._mode = _Differentiable()
         #: What the backward pass that runs does with the call that it gets to.
         self._on_backward: Callable[[_Call, Sequence[Tensor | None]], tuple[Tensor | None, ...]] | None = None
         self._owners: dict[tuple[int, int, int], npt.NDArray[np.int64]] | None = None
@@ -100,7 +94,7 @@ class Sweep:
                 differentiated.
         """
         self._calls, self._timestep = [], None
-        with self._in_place_of_the_model(), self._mode:
+        with self._in_place_of_the_model(), _Differentiable():
             try:
                 final = self._sample(self._model, seed)
             except RuntimeError as error:
@@ -138,10 +132,11 @@ class Sweep:
         """Calls of the model."""
         return len(self._calls)
 
-    def backwards(
-        self, generator: torch.Generator, on_call: Callable[[], None] | None = None
-    ) -> npt.NDArray[np.float64]:
+    def backwards(self, generator: torch.Generator) -> npt.NDArray[np.float64]:
         """What each reuse would do to the final sample, projected on one random vector for each sample of the batch.
+
+        Args:
+            generator: on the CPU; draws the vectors.
 
         Returns:
             ``c [B, T, S, A + 1]``: to first order, ``w_b . e_b / sqrt(n) = sum c[b, t, s, age]`` over all that a plan
@@ -161,8 +156,6 @@ class Sweep:
             visits, back = self._again(call, gradients, through=True)
             for site, visit in visits.items():
                 table.add(call, site, visit, self._rows(call.index, site))
-            if on_call is not None:
-                on_call()
             return back
 
         self._run_backwards(final, weights, on_backward)
@@ -212,7 +205,7 @@ class Sweep:
         _, results, spec = self._run(call, _Passing())
         return tuple(x.detach() if isinstance(x, Tensor) else x for x in results), spec
 
-    def _run(self, call: _Call, visitor: Any) -> tuple[list[Tensor | None], list[Any], pytree.TreeSpec]:
+    def _run(self, call: _Call, visitor: Visitor) -> tuple[list[Tensor | None], list[Any], pytree.TreeSpec]:
         """The model, with gradients on: the same graph, whether they are needed or not."""
         tracked: list[Tensor | None] = []
         given: list[Any] = []
@@ -246,7 +239,7 @@ class Sweep:
         The gradients of the sites leave out what one site does through another of the same call: where both reuse, the
         second one does not see the first. Those of the inputs leave out nothing.
         """
-        visitor = _Looking(self._anchor.to(gradients_device(gradients)))
+        visitor = _Looking(self._anchor.to(_device_of(gradients)))
         tracked, results, _ = self._run(call, visitor)
         pairs = [
             (r, g)
@@ -353,7 +346,7 @@ _READS = frozenset(
 class _Passing:
     """Looks at nothing."""
 
-    def visit(self, _site: int, exits: tuple[Tensor, ...], _layouts: Sequence[ExitLayout]) -> tuple[Tensor, ...]:
+    def visit(self, site: int, exits: tuple[Tensor, ...], layouts: Sequence[ExitLayout]) -> tuple[Tensor, ...]:  # noqa: ARG002
         return exits
 
 
@@ -396,7 +389,7 @@ class _Handed(torch.autograd.Function):
         return gradient, None, None, None, None
 
 
-def gradients_device(gradients: Sequence[Tensor | None]) -> torch.device:
+def _device_of(gradients: Sequence[Tensor | None]) -> torch.device:
     """Where the gradients are."""
     return next(g.device for g in gradients if g is not None)
 
@@ -421,7 +414,6 @@ class _Table:
         self._shape = (samples, steps, sites, max_age + 1)
         self._values: npt.NDArray[np.float64] = np.zeros(self._shape)
         self._kept: dict[tuple[int, int], dict[int, list[Tensor | None]]] = {}
-        self._late: list[tuple[int, int, slice | int, Tensor, float]] = []
 
     def add(self, call: _Call, site: int, visit: _Visit, rows: list[npt.NDArray[np.int64]] | None) -> None:
         """A site of a call, and for each of its exits the sample that a row belongs to."""

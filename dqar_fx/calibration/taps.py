@@ -23,7 +23,7 @@ from dqar_fx.runtime.runtime import Runtime
 class Visitor(Protocol):
     """Who looks at the attentions of a call."""
 
-    def visit(self, site: int, exits: Sequence[Tensor], layouts: Sequence[ExitLayout]) -> tuple[Tensor, ...]:
+    def visit(self, site: int, exits: tuple[Tensor, ...], layouts: Sequence[ExitLayout]) -> tuple[Tensor, ...]:
         """Called as each site of a call has computed; what it returns takes the place of ``exits``."""
 
 
