@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", default="inductor", help="what the rewritten pieces are compiled with")
     args = parser.parse_args(argv)
 
-    schedule = dqar_fx.Schedule.interval(args.steps, every=3)
+    schedule = dqar_fx.Schedule.taper(args.steps)
     options = {"schedule": schedule, "backend": args.backend}
     compiled = torch.compile(digits.load(), backend="dqar_fx", options=options)
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[207, 387], help="ImageNet classes, 0 to 999")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sampler", choices=("ddim", "dpm"), default="ddim")
-    parser.add_argument("--schedule", default="interval:every=3,warmup=0.1")
+    parser.add_argument("--schedule", default="taper")
     parser.add_argument("--backend", default="inductor", help="inductor or eager")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="folder for the images")

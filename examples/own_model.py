@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     noise = torch.randn(2, TOKENS, DIM)
     expected = sample(model, noise, args.steps)
 
-    dqar_fx.optimize(model, dqar_fx.Schedule.interval(every=3), backend=args.backend)
+    dqar_fx.optimize(model, dqar_fx.Schedule.taper(), backend=args.backend)
     runtime = dqar_fx.runtime(model)
     with runtime.generation(args.steps):  # the schedule, made for 50 steps, plans itself anew for these
         result = sample(model, noise, args.steps)

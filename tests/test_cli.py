@@ -207,7 +207,7 @@ class TestDemo:
     def test_machine_and_versions_are_told(self, demo: Demo) -> None:
         assert demo.record["versions"]["torch"] == torch.__version__
         assert demo.record["machine"]["device_name"]
-        assert dqar_fx.Schedule.parse(demo.record["schedule"]) == dqar_fx.Schedule.interval(6, every=3, warmup=0.1)
+        assert dqar_fx.Schedule.parse(demo.record["schedule"]) == dqar_fx.Schedule.taper(6)
         assert dqar_fx.CacheConfig.parse(demo.record["cache"]) == dqar_fx.CacheConfig()
 
     def test_pictures_can_be_opened_and_show_something(self, demo: Demo) -> None:
@@ -246,7 +246,7 @@ class TestGenerate:
         assert pixels.ndim == 2
         assert pixels.shape[1] > 3 * 128 > 3 * pixels.shape[0] / 2
         output = capsys.readouterr().out
-        assert f"{path}: 3 images, 66.7% of the attentions reused" in output
+        assert f"{path}: 3 images, 50.0% of the attentions reused" in output
         assert "transformer_blocks.5.attn1" in output
 
     def test_the_seed_and_the_cache_change_the_picture(self, tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def slow_plan(schedule: Schedule, T: int, S: int) -> list[list[bool]]:
         computes = not warm or step == due
         if computes:
             # every step of the warm-up may turn out to be its last
-            due = step + max(1, math.floor(schedule.first ** (1 - p) * schedule.last**p + 0.5))
+            first = min(schedule.first, T / 2)
+            due = step + max(1, math.floor(first ** (1 - p) * schedule.last**p + 0.5))
         count = {
             "none": lambda: 0,
             "linear": lambda x=progress: math.floor(x * schedule.fraction * S + 1e-9),
@@ -151,6 +152,7 @@ def test_a_taper_computes_ever_more_often_and_counts_from_the_last_step_of_the_w
     assert columns(Schedule.taper(16, first=1, last=8), 1) == ["....#.#.##.###.#"]
     assert columns(Schedule.taper(10, first=3, last=3), 1) == columns(Schedule.interval(10, every=3, warmup=1), 1)
     assert Schedule.taper(50).plan(28).reuse_ratio == pytest.approx(0.56)
+    assert columns(Schedule.taper(10), 1) == [".####.#..."]  # a gap is half the run at most
 
 
 def test_linear_starts_shallow_or_deep_and_never_refreshes_unless_told() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 HELP = "show a model's attentions, what reusing them can save at most, and what cannot be reused"
 DTYPES = ("bfloat16", "float16", "float32")
-SCHEDULE = "interval:every=3,warmup=0.1"
+SCHEDULE = "taper"
 MIB = 2**20
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DIGITS = "digits"
-SCHEDULE = "interval:every=3,warmup=0.1"
+SCHEDULE = "taper"
 # A golden retriever, a red panda, a macaw and a geyser: ImageNet classes that DiT draws well.
 IMAGENET_CLASSES = (207, 387, 88, 974)
 MAX_REASON = 240  # characters; some errors of the hub's client are pages long

@@ -35,6 +35,18 @@ def save_grid(images: Tensor, path: Path, *, grey: bool, columns: int = 10) -> N
     Image.fromarray(picture[..., 0] if C == 1 else picture).save(path)
 
 
+def save_strip(images: Tensor, path: Path, *, grey: bool) -> None:
+    """Write images ``[N, C, H, W]`` in [0, 1] side by side, pixel by pixel, as one PNG; ``grey``: ink on paper."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    strip = torch.cat(list(_displayed(images, grey)), dim=-1).permute(1, 2, 0)
+    picture = np.round(strip.numpy() * 255).astype(np.uint8)
+    Image.fromarray(picture[..., 0] if grey else picture).save(path)
+
+
 def save_comparison(
     upper: Tensor,
     lower: Tensor,

@@ -15,9 +15,11 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dqar_fx.cli.sweep_rows import IMAGES, PAIRS, file_name, image_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
     from dqar_fx.runtime.runtime import Runtime
     from dqar_fx.schedule import Schedule
 
-RECORDS, SETTINGS = "sweep.jsonl", "sweep.json"
-#: What is swept over unless told otherwise: DQAR's own table (warm-up by fraction), the same refreshed, and our rules.
+RECORDS, SETTINGS, ATTENTION = "sweep.jsonl", "sweep.json", "attention.json"
+#: What is swept over unless told otherwise: DQAR's own table (warm-up by fraction), the same refreshed, and our rules;
 SCHEDULES = (
     "linear:warmup={0.1,0.2,0.3,0.4,0.5,0.6},fraction={0.33,0.5,0.66,0.75,1.0}",
     "linear:warmup={0.2,0.4},fraction=1.0,refresh={2,3,5}",
@@ -39,7 +41,15 @@ SCHEDULES = (
     "interval:every={2,3,4,6},warmup={0.1,0.4}",
     "taper:first={4.0,6.0,8.0,10.0},last={0.5,1.0,1.5}",
 )
-IMAGES, BATCH = 50, 25
+#: ... ways to store values, with three of these;
+STORED = ("interval:every=3,warmup=0.1", "taper:first=8.0,last=1.0", "linear:warmup=0.2,fraction=1.0")
+CACHES = ("native", "int8:{channel,head,tensor}", "int4", "kv:int8")
+#: ... and gates, which alone decide.
+GATED = ("always:warmup=2",)
+GATES = ("change={0.05,0.1,0.2}", "entropy={2.0,2.3},max_reuse={1,4}")
+#: Images of each that are kept for the picture.
+KEPT = 10
+DRAWN, BATCH = 50, 10
 #: A claim that old was left by a process that died.
 STALE_CLAIM = 3600.0
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -51,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schedule", action="append", metavar="TEXT",
         help="as text, with {a,b,...} for several values, as in 'interval:every={2,3},warmup=0.1'; repeatable "
-        "(default: DQAR's table of warm-up by fraction, refreshed ones, intervals and tapers)",
+        "(default: DQAR's table of warm-up by fraction, refreshed ones, intervals and tapers; without any of these "
+        "three options some caches and gates as well)",
     )  # fmt: skip
     parser.add_argument(
         "--cache", action="append", metavar="TEXT", help="int8, native, int8:{token,channel}, ...; repeatable"
@@ -63,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="sampling steps (default: 50)")
     parser.add_argument("--guidance", type=float, metavar="W", help="scale of classifier-free guidance")
-    parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help=f"of each (default: {IMAGES})")
+    parser.add_argument("--images", type=int, default=DRAWN, metavar="N", help=f"of each (default: {DRAWN})")
     parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help=f"images of a seed (default: {BATCH})")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--backend", choices=("inductor", "eager"), default="inductor")
@@ -127,14 +138,18 @@ def points(args: argparse.Namespace) -> list[Point]:
     from dqar_fx.config import CacheConfig
     from dqar_fx.schedule import Schedule
 
-    def texts(given: Sequence[str] | None, default: Sequence[str]) -> list[str]:
-        return [text for each in given or default for text in expand(each)]
+    def texts(given: Sequence[str]) -> list[str]:
+        return [text for each in given for text in expand(each)]
 
+    grids = [(args.schedule or SCHEDULES, args.cache or ["int8"], args.gates or ["none"])]
+    if not (args.schedule or args.cache or args.gates):
+        grids += [(STORED, CACHES, ["none"]), (GATED, ["int8"], GATES)]
     found = [
         Point(Schedule.parse(schedule).with_steps(args.steps), CacheConfig.parse(cache), parse_gates(gates), gates)
-        for gates in texts(args.gates, ["none"])
-        for cache in texts(args.cache, ["int8"])
-        for schedule in texts(args.schedule, SCHEDULES)
+        for all_schedules, all_caches, all_gates in grids
+        for gates in texts(all_gates)
+        for cache in texts(all_caches)
+        for schedule in texts(all_schedules)
     ]
     return list({point.key: point for point in found}.values())
 
@@ -177,13 +192,14 @@ def run(args: argparse.Namespace) -> int:
     missing = [point for point in wanted if point.key not in read(args.output)]
     say(f"{len(wanted)} configurations, {len(wanted) - len(missing)} of them measured before")
     if missing:
-        steps = task.steps * len(task.seeds) * (len(missing) + 1) + task.steps * len(missing)
-        with bar(steps) as progress:
+        pairs = min(PAIRS, len(task.seeds) - 1)
+        with bar(task.steps * (len(task.seeds) * (len(missing) + 1) + pairs * len(missing))) as progress:
             _measure(task, missing, painter, args, real, progress)
     rows = list(read(args.output).values())
+    attention = _attention(task, painter, args.output)
     say(sweep_report.make_table(rows))
     say()
-    say(str(sweep_report.write_report(rows, {**settings, "machine": machine(device)}, args.output)))
+    say(str(sweep_report.write_report(rows, {**settings, "machine": machine(device)}, args.output, attention)))
     return 0
 
 
@@ -197,6 +213,20 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
         except ValueError:
             continue
         found[row["key"]] = row
+    return found
+
+
+def _attention(task: Task, painter: Painter, folder: Path) -> dict[str, Any]:
+    """What the attentions do without reuse: as it was measured before, or measured now."""
+    from dqar_fx.calibration.records import write
+    from dqar_fx.cli import sweep_attention
+
+    path = folder / ATTENTION
+    if not path.exists():
+        few = replace(task, classes=task.classes[:KEPT], features=None)
+        text = json.dumps(sweep_attention.measure(few, painter)) + "\n"
+        write(path, lambda file: file.write_text(text, encoding="utf-8"))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -219,9 +249,7 @@ def _check_settings(path: Path, settings: dict[str, Any], origin: dict[str, Any]
 @contextmanager
 def _claimed(folder: Path, key: str) -> Iterator[bool]:
     """True if nobody else is at work on ``key``; it is ours until the end of the block."""
-    import hashlib
-
-    path = folder / f".{hashlib.sha256(key.encode()).hexdigest()[:16]}.claim"
+    path = folder / f".{file_name(key)}.claim"
     if path.exists() and time.time() - path.stat().st_mtime > STALE_CLAIM:
         path.unlink(missing_ok=True)
     try:
@@ -240,6 +268,7 @@ def _measure(
 ) -> None:
     """Draw with the baseline, then with each configuration that nobody else has claimed."""
     from dqar_fx.cli import evaluation_runs as runs
+    from dqar_fx.cli.pictures import save_strip
 
     baseline, *_ = runs.prepare([], painter, args.backend)
     assert baseline.painter is not None
@@ -249,6 +278,7 @@ def _measure(
         references.append(task.draw(baseline.painter, seed, progress.advance)[0])
         runs.judge(task, baseline, references[-1], references[-1])
         baseline.reuse.append(0.0)
+    save_strip(references[0][:KEPT], args.output / IMAGES / "baseline.png", grey=painter.grey)
     for settings, group in itertools.groupby(missing, lambda point: (point.cache, point.gates_text)):
         del settings
         runtime: Runtime | None = None
@@ -262,7 +292,8 @@ def _measure(
                 else:
                     runtime.follow(point.schedule)  # the model stays captured, its pieces compiled
                 progress.tell(point.key)
-                row = _row(task, point, drawer, runtime, baseline, references, real, progress)
+                row, images = _row(task, point, drawer, runtime, baseline, references, real, progress)
+                save_strip(images[:KEPT], image_file(args.output, point.key), grey=painter.grey)
                 with (args.output / RECORDS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")  # in one piece: others append too
 
@@ -287,22 +318,28 @@ def _row(
     references: Sequence[Tensor],
     real: Real | None,
     progress: Bar,
-) -> dict[str, Any]:
-    """Draw every seed, and judge it; the last one is timed, and the baseline right after it."""
+) -> tuple[dict[str, Any], Tensor]:
+    """Draw every seed, and judge it; some are timed, the baseline right after each. The images are the first seed's."""
     from dqar_fx.cli import evaluation_runs as runs
     from dqar_fx.cli.evaluation_output import make_rows
 
     each = runs.Configuration(point.key, {"schedule": point.schedule}, drawer)
+    first: Tensor | None = None
     seconds: list[float] = []
+    pairs: list[float] = []
+    assert baseline.painter is not None
+    timed = range(1, len(task.seeds))[:PAIRS]  # the first compiles
     for number, seed in enumerate(task.seeds):
         images, seconds = task.draw(drawer, seed, progress.advance)
+        first = images if first is None else first
         runs.judge(task, each, images, references[number])
         each.reuse.append(runtime.stats.reuse_ratio)
-    assert baseline.painter is not None
-    plain = task.draw(baseline.painter, task.seeds[0], progress.advance)[1]
+        if number in timed:
+            plain = task.draw(baseline.painter, seed, progress.advance)[1]
+            pairs.append(sum(plain) / sum(seconds))
     _, row = make_rows(task, [baseline, each], real)
     schedule = point.schedule
-    return {
+    record = {
         "key": point.key,
         "rule": schedule.name,
         "schedule": str(schedule),
@@ -312,9 +349,12 @@ def _row(
         "flop_speedup": flop_speedup(runtime),
         "reuse_by_step": [statistics.fmean(step) for step in _reused(runtime)],
         "ms_per_step": 1e3 * statistics.fmean(seconds),
-        "measured_speedup": sum(plain) / sum(seconds),
+        "measured_speedup": statistics.median(pairs),
+        "measured_speedups": pairs,
         **{name: row[name] for name in ("reuse_ratio", "psnr_db", "ssim", "relative_l2", "agreement", "frechet")},
     }
+    assert first is not None
+    return record, first
 
 
 def _reused(runtime: Runtime) -> list[list[bool]]:

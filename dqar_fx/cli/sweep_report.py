@@ -6,17 +6,12 @@ import base64
 import html
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from dqar_fx.cli import sweep_pictures
+from dqar_fx.cli.sweep_rows import PAIRS, Row, name_of, number, on_the_front
 
-Row = Mapping[str, Any]
 PAGE = "report.html"
-# Okabe and Ito's, told apart by all eyes.
-COLOURS = {"linear": "#D55E00", "interval": "#0072B2", "taper": "#009E73", "exponential": "#CC79A7"}
-OTHER = "#999999"
 #: Rows in the printed table; the page and the file have all.
 SHOWN = 30
 _STYLE = """
@@ -30,24 +25,14 @@ tr.best td { background: #eef7f2; } code { background: #f4f4f4; padding: 0 .25re
 """
 # Sorts the table by the column that is clicked; numbers are in data-value.
 _SCRIPT = """
-document.querySelectorAll("th").forEach((head, column) => head.addEventListener("click", () => {
-  const body = document.querySelector("tbody"), rows = [...body.rows];
+document.querySelectorAll("#all th").forEach((head, column) => head.addEventListener("click", () => {
+  const body = document.querySelector("#all tbody"), rows = [...body.rows];
   const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
   const up = head.dataset.up !== "yes"; head.dataset.up = up ? "yes" : "no";
   rows.sort((a, b) => (isNaN(value(a)) ? value(a).localeCompare(value(b)) : value(a) - value(b)) * (up ? 1 : -1));
   rows.forEach(row => body.append(row));
 }));
 """
-
-
-def number(row: Row, *names: str) -> float | None:
-    """A number of a row, or the middle of an interval; None where it was not measured."""
-    value: Any = row
-    for name in names:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    if isinstance(value, Mapping):
-        value = value.get("value")
-    return None if value is None else float(value)
 
 
 COLUMNS: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
@@ -60,23 +45,6 @@ COLUMNS: tuple[tuple[str, Callable[[Row], float | None], str], ...] = (
     ("FD to real", lambda row: number(row, "frechet", "to_real"), ".3f"),
     ("right class", lambda row: number(row, "agreement"), ".1%"),
 )
-
-
-def name_of(row: Row) -> str:
-    """The row as it is called in table and pictures."""
-    parts = [row["schedule"], row["cache"], *([row["gates"]] if row["gates"] != "none" else [])]
-    return " | ".join(parts)
-
-
-def on_the_front(rows: Sequence[Row]) -> set[str]:
-    """Keys of the rows that no other beats in both PSNR and work saved."""
-    best, found = -1.0, set()
-    for row in sorted(rows, key=lambda row: (-row["flop_speedup"], -(number(row, "psnr_db") or 0))):
-        psnr = number(row, "psnr_db")
-        if psnr is not None and psnr > best:
-            best = psnr
-            found.add(row["key"])
-    return found
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -94,21 +62,29 @@ def make_table(rows: Sequence[Row]) -> str:
     return tabulate(lines, headers=headers, disable_numparse=True, colalign=("left", *["right"] * len(COLUMNS)))
 
 
-def write_report(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> Path:
-    """Pictures beside the records, and a page that holds them, the table, and how it was measured."""
+def write_report(
+    rows: Sequence[Row], settings: Mapping[str, Any], folder: Path, attention: Mapping[str, Any] | None = None
+) -> Path:
+    """Pictures beside the records, and a page that holds them, the tables, and how it was measured.
+
+    ``attention`` is what ``sweep_attention.measure`` found.
+    """
     from dqar_fx.calibration.records import write
 
-    pictures = {
-        "pareto.png": (_pareto(rows), "What reuse costs", _PARETO),
-        "heat.png": (_heat(rows), "DQAR's schedule: warm-up by fraction", _HEAT),
-        "steps.png": (
-            _steps(rows),
-            "When it is reused",
-            "Share of the attentions read at each step, of the best plans.",
-        ),
-    }
+    pictures = [
+        ("pareto.png", sweep_pictures.pareto(rows), "What reuse costs", _PARETO),
+        ("grid.png", sweep_pictures.grid(rows, folder), "What it looks like", _GRID),
+        ("bars.png", sweep_pictures.bars(rows), "What it gains", _BARS),
+        ("steps.png", sweep_pictures.steps(rows), "When it is reused", _STEPS),
+        ("heat.png", sweep_pictures.heat(rows), "DQAR's schedule: warm-up by fraction", _HEAT),
+    ]
+    if attention is not None:
+        pictures += [
+            ("attention.png", sweep_pictures.attention(attention), "What the attentions do", _ATTENTION),
+            ("mismatch.png", sweep_pictures.mismatch(attention), "Results, or keys and values?", _MISMATCH),
+        ]
     sections = []
-    for name, (figure, title, text) in pictures.items():
+    for name, figure, title, text in pictures:
         if figure is None:
             continue
         figure.savefig(folder / name)
@@ -117,21 +93,61 @@ def write_report(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path)
             f'<h2>{html.escape(title)}</h2><p>{text}</p><img alt="{html.escape(title)}" '
             f'src="data:image/png;base64,{data}">'
         )
+    sections += _stores(rows)
     page = _page(rows, settings, sections)
     write(folder / PAGE, lambda file: file.write_text(page, encoding="utf-8"))
     return folder / PAGE
 
 
+def _stores(rows: Sequence[Row]) -> list[str]:
+    """A table of the ways to store values, where several were tried with the same schedule."""
+    tried = {(row["schedule"], row["cache"]): row for row in rows if row["gates"] == "none"}
+    caches = list(dict.fromkeys(cache for _, cache in tried))
+    schedules = [s for s in dict.fromkeys(s for s, _ in tried) if sum((s, c) in tried for c in caches) > 1]
+    if not schedules:
+        return []
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("PSNR, dB (speed-up in FLOP)", *schedules))
+    body = []
+    for cache in caches:
+        cells = [f"<td>{html.escape(cache)}</td>"]
+        for schedule in schedules:
+            row = tried.get((schedule, cache))
+            psnr = _cell(number(row, "psnr_db"), ".2f") if row is not None else ""
+            cells.append(f"<td>{psnr} ({row['flop_speedup']:.2f})</td>" if row is not None else "<td></td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return [
+        f"<h2>How values are stored</h2><p>{_STORES}</p><div class=wide><table><thead><tr>{head}</tr></thead><tbody>"
+        + "".join(body)
+        + "</tbody></table></div>"
+    ]
+
+
 _PARETO = (
-    "Each point is one configuration: work saved, counted in FLOP, against the PSNR of its images to those of the same "
-    "seeds without reuse. Up and to the right is better; the line joins those that no other beats in both."
+    "Each point is one configuration: work saved, against the PSNR of its images to those of the same seeds without "
+    "reuse. Up and to the right is better; the line joins those that no other beats in both. The measured speed-up is "
+    "that of whole generations, each beside one of the baseline; it is noisy."
 )
-_STEPS = "Share of the attentions that are read at each step (black: all), of the configurations on the line above."
+_GRID = (
+    "The first images of the first seed, with some of the configurations on that line, and DQAR's schedule at the end."
+)
+_BARS = "Of the configurations on the line: what counting FLOP promises, and what a whole generation took."
+_STEPS = "Share of the attentions that are read at each step (black: all), of the configurations on the line."
 _HEAT = (
     "The linear schedule without a refresh: after the warm-up ever more layers reuse, up to the fraction. Its stored "
     "values get up to most of a run old. Left: Fr&eacute;chet distance to the baseline's images (lower is better); "
     "right: the speed-up in FLOP."
 )
+_ATTENTION = (
+    "Without any reuse, by step (first to last) and site (shallow to deep): how widely an attention looks, and how far "
+    "its result is from that of the step before (relative L2). Where the change is small, a read costs little; what it "
+    "does to the image depends on the step as well."
+)
+_MISMATCH = (
+    "Who stores keys and values lets the queries of this step meet the keys of an earlier one. Left: the weights of "
+    "one head in the middle of the run, and what old keys make of them. Right: the error of the attention's result if "
+    "its keys and values are old, and if the whole result is (mean over all sites)."
+)
+_STORES = "The same schedules, with values stored in other ways."
 
 
 def _page(rows: Sequence[Row], settings: Mapping[str, Any], sections: Sequence[str]) -> str:
@@ -156,86 +172,8 @@ def _page(rows: Sequence[Row], settings: Mapping[str, Any], sections: Sequence[s
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>dqar-fx sweep</title><style>{_STYLE}</style>'
         f"<h1>Attention reuse: {len(rows)} configurations of {html.escape(str(settings['model']))}</h1>"
         f"<p>{html.escape(origin)}</p>{''.join(sections)}<h2>All of them</h2><p>{distance}Shaded: no other saves as "
-        f"much at a higher PSNR. <em>measured</em>: seconds of one generation against one of the baseline right after "
-        f"it; a single pair, so noisy. Click a heading to sort.</p>"
-        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>"
+        f"much at a higher PSNR. <em>measured</em>: seconds of a generation against one of the baseline right after "
+        f"it, median of up to {PAIRS} pairs. Click a heading to sort.</p>"
+        f"<div class=wide><table id=all><thead><tr>{head}</tr></thead><tbody>"
         f"{''.join(body)}</tbody></table></div><script>{_SCRIPT}</script></html>\n"
     )
-
-
-def _new(columns: int = 1, *, height: float = 4.6) -> tuple[Figure, list[Axes]]:
-    # Figure, not pyplot: no display, no global state, no figure left open.
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(5.2 * columns + 3.2 * (columns == 1), height), dpi=140, layout=ConstrainedLayoutEngine())
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def _pareto(rows: Sequence[Row]) -> Figure | None:
-    points = [(row, number(row, "psnr_db")) for row in rows]
-    known = [(row, psnr) for row, psnr in points if psnr is not None]
-    if not known:
-        return None
-    figure, (axes,) = _new()
-    for rule in dict.fromkeys(row["rule"] for row, _ in known):
-        mine = [(row["flop_speedup"], psnr) for row, psnr in known if row["rule"] == rule]
-        axes.plot(*zip(*mine, strict=True), "o", color=COLOURS.get(rule, OTHER), label=rule, markersize=5, alpha=0.8)
-    front = on_the_front(rows)
-    line = sorted((row["flop_speedup"], psnr) for row, psnr in known if row["key"] in front)
-    axes.plot(*zip(*line, strict=True), "-", color="#222222", linewidth=0.9, zorder=0)
-    axes.set(xlabel="speed-up, counted in FLOP", ylabel="PSNR to the images without reuse, dB")
-    axes.legend(frameon=False)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _heat(rows: Sequence[Row]) -> Figure | None:
-    import numpy as np
-
-    table = {
-        (row["warmup"], row["fraction"]): row
-        for row in rows
-        if row["rule"] == "linear" and row["refresh"] is None and not row["deep_first"] and row["gates"] == "none"
-    }
-    warmups, fractions = (sorted({key[i] for key in table}) for i in range(2))
-    if len(warmups) < 2 or len(fractions) < 2:
-        return None
-    figure, panels = _new(2, height=4.2)
-    shown = (("FD to baseline", ("frechet", "to_baseline"), ".2f"), ("speed-up in FLOP", ("flop_speedup",), ".2f"))
-    for axes, (title, path, form) in zip(panels, shown, strict=True):
-        values = np.array(
-            [[_or_nan(number(table[w, f], *path)) if (w, f) in table else np.nan for f in fractions] for w in warmups]
-        )
-        axes.imshow(values, cmap="viridis_r" if path[0] == "frechet" else "viridis", aspect="auto", origin="lower")
-        for y, x in np.ndindex(values.shape):
-            if np.isfinite(values[y, x]):
-                axes.text(
-                    x, y, format(values[y, x], form), ha="center", va="center", fontsize=9,
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5},
-                )  # fmt: skip
-        axes.set_xticks(range(len(fractions)), [f"{f:g}" for f in fractions])
-        axes.set_yticks(range(len(warmups)), [f"{w:g}" for w in warmups])
-        axes.set(xlabel="fraction of the layers", ylabel="warm-up", title=title)
-    return figure
-
-
-def _or_nan(value: float | None) -> float:
-    return float("nan") if value is None else value
-
-
-def _steps(rows: Sequence[Row]) -> Figure | None:
-    import numpy as np
-
-    front = on_the_front(rows)
-    best = sorted((row for row in rows if row["key"] in front), key=lambda row: row["flop_speedup"])
-    if not best:
-        return None
-    figure, (axes,) = _new(height=1.2 + 0.26 * len(best))
-    table = np.array([row["reuse_by_step"] for row in best])
-    axes.imshow(table, aspect="auto", cmap="Greys", vmin=0, vmax=1.25, interpolation="nearest")
-    axes.set_yticks(range(len(best)), [row["schedule"] for row in best], fontsize=7)
-    axes.set(xlabel="step")
-    axes.spines[:].set_visible(False)
-    return figure

@@ -244,7 +244,7 @@ def test_what_is_told_is_what_the_runtime_does(tmp_path: Path) -> None:
     found = told(tmp_path, "PixArtTransformer2DModel", "--config", json.dumps(config), *arguments, "--dtype", "float32")
     model = PixArtTransformer2DModel(**config).eval().requires_grad_(False)
     inputs = example_inputs(model, text_tokens=5)
-    dqar_fx.optimize(model, Schedule.interval(50, every=3, warmup=0.1), backend="eager")
+    dqar_fx.optimize(model, Schedule.taper(50), backend="eager")
     runtime = dqar_fx.runtime(model)
     with torch.no_grad(), runtime.generation(num_steps=50):
         for step in range(5):  # the last step of the warm-up stores

@@ -1,12 +1,16 @@
 """``dqar-fx sweep --model``: what the texts stand for, what is written, and how an interrupted sweep goes on."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from dqar_fx.cli import main, sweep_grid, sweep_report
+from dqar_fx.cli import main, models, sweep_attention, sweep_grid, sweep_report, sweep_rows
+from dqar_fx.cli.evaluation_runs import Task
 from dqar_fx.gates import ChangeGate, EntropyGate, Gates, SnrGate
 
 FAST = ("--model", "digits", "--steps", "5", "--images", "8", "--batch", "4", "--backend", "eager")
@@ -42,7 +46,7 @@ def row(key: str, rule: str, speedup: float, psnr: float | None, **more: Any) ->
 def test_the_front_holds_what_no_other_beats_in_both() -> None:
     rows = [row("a", "x", 1.1, 50), row("b", "x", 1.2, 40), row("c", "x", 1.2, 45), row("d", "x", 1.05, 44)]
     rows += [row("e", "x", 1.3, 20), row("f", "x", 1.0, None)]
-    assert sweep_report.on_the_front(rows) == {"a", "c", "e"}
+    assert sweep_rows.on_the_front(rows) == {"a", "c", "e"}
 
 
 def test_a_sweep_measures_each_once_and_reports_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,9 +72,11 @@ def test_a_sweep_measures_each_once_and_reports_all(tmp_path: Path, capsys: pyte
     ratios = {(r["warmup"], r["fraction"]): r["reuse_ratio"]["value"] for r in rows.values() if r["rule"] == "linear"}
     assert ratios[0.1, 1.0] > ratios[0.4, 1.0] > ratios[0.4, 0.5]
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    pictures = {"pareto.png", "heat.png", "steps.png", "bars.png", "grid.png", "attention.png", "mismatch.png"}
+    assert page.count("data:image/png;base64,") == len(pictures)
     assert page.count("<tr") == 6
-    assert {"pareto.png", "heat.png", "steps.png"} <= {file.name for file in tmp_path.iterdir()}
+    assert pictures <= {file.name for file in tmp_path.iterdir()}
+    assert {file.stem for file in (tmp_path / "images").iterdir()} == {"baseline", *map(sweep_rows.file_name, rows)}
     assert not list(tmp_path.glob(".*.claim"))
     settings = json.loads((tmp_path / "sweep.json").read_text())["settings"]
     assert settings["images"] == 8
@@ -79,6 +85,58 @@ def test_a_sweep_measures_each_once_and_reports_all(tmp_path: Path, capsys: pyte
         == 2
     )
     assert "holds a sweep with other settings" in capsys.readouterr().err
+
+
+def test_without_options_caches_and_gates_are_swept_as_well() -> None:
+    def keys(*given: str) -> list[str]:
+        parser = argparse.ArgumentParser()
+        sweep_grid.add_arguments(parser)
+        return [point.key for point in sweep_grid.points(parser.parse_args(["--model", "digits", *given]))]
+
+    every, chosen = keys(), keys("--schedule", "taper")
+    assert len(chosen) == 1
+    assert {key.split(" | ")[1] for key in every} >= {"int8:token", "native", "int4:token", "kv:int8:token"}
+    assert {key.split(" | ")[2] for key in every} >= {"none", "change=0.1", "entropy=2.3,max_reuse=4"}
+    assert sum("warmup=0.2,fraction=1.0" in key and "native" in key for key in every) == 1
+
+
+def test_ways_to_store_values_stand_side_by_side() -> None:
+    rows = [row("a", "taper", 1.1, 50) | {"schedule": "taper"}, row("b", "taper", 1.2, 40) | {"schedule": "taper"}]
+    assert sweep_report._stores(rows) == []  # one way only
+    rows[1]["cache"] = "native"
+    (section,) = sweep_report._stores(rows)
+    assert "<td>int8:token</td><td>50.00 (1.10)</td>" in section
+    assert "<td>native</td><td>40.00 (1.20)</td>" in section
+
+
+def test_the_attentions_are_measured_without_reuse() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 5, 8).unbind()
+    steps = [(q, k, v), (q, k, 2 * v), (q, k + 1e-3, v), (q, 2 * k, v)]
+
+    class Loop(models.Painter):
+        def draw(self, *_: Any, on_step: Any, **__: Any) -> torch.Tensor:
+            for given in steps:
+                scaled_dot_product_attention(*given)
+                on_step()
+            scaled_dot_product_attention(*torch.randn(3, 1, 1, 7, 4).unbind())  # a decoder's
+            return torch.zeros(1)
+
+    task = Task(classes=[0], seeds=[0], steps=4, guidance=1.0, device=torch.device("cpu"), features=None)
+    Loop.__abstractmethods__ = frozenset()
+    found = sweep_attention.measure(task, Loop())
+    assert [len(found[name]) for name in ("entropy", "change", "stale_output", "stale_keys")] == [4] * 4
+    assert found["change"][0] == found["stale_keys"][1] == [None]
+    assert found["change"][1] == [pytest.approx(0.5)]
+    assert found["stale_output"][2][0] < 1e-3
+    # fresh queries, the keys and values of step 1: twice the values
+    expected = scaled_dot_product_attention(q, k, 2 * v) - scaled_dot_product_attention(q, 2 * k, v)
+    assert found["stale_keys"][3][0] == pytest.approx(
+        float(expected.norm() / scaled_dot_product_attention(q, 2 * k, v).norm())
+    )
+    weights = torch.tensor(found["maps"]["fresh"])
+    assert weights.shape == (5, 5)
+    assert torch.allclose(weights.sum(-1), torch.ones(5), atol=1e-3)
 
 
 def test_what_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
