@@ -289,7 +289,11 @@ def load(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Tr
     known: dict[tuple[int, int, int, int], Trace] = {}
     headers = []
     for path in names:
-        header, traces = _parse(path.read_text(encoding="utf-8"), path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise PolicyError(f"{path} cannot be read ({error.strerror}). dqar-fx trace writes such files.") from error
+        header, traces = _parse(text, path)
         headers.append(header)
         known.update({(t.seed, t.step, t.site, t.age): t for t in traces})
         for key in _SHARED:

@@ -433,3 +433,5 @@ class TestTraceFiles:
                 load(path)
         with pytest.raises(PolicyError, match="no file of traces"):
             load([])
+        with pytest.raises(PolicyError, match=r"none\.jsonl cannot be read \(No such file"):
+            load(tmp_path / "none.jsonl")

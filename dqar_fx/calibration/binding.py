@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -80,13 +81,23 @@ def shapes_of(sites: Sequence[Site]) -> list[list[list[str]]]:
 def check_shapes(plan: Plan, sites: Sequence[Site]) -> None:
     """Warn where a calibrated plan meets a model that is called with other sizes than it was made for."""
     made = (plan.calibration or {}).get("shapes")
-    if made is not None and made != shapes_of(sites):
-        here, there = next((h, m) for h, m in zip(shapes_of(sites), made, strict=True) if h != m)
+    differing = (
+        (here, there) for here, there in zip(shapes_of(sites), made or (), strict=False) if not _fits(here, there)
+    )
+    for here, there in itertools.islice(differing, 1):
         warnings.warn(
             f"this plan was calibrated at another size: an attention's result was {there} then (without the batch) and "
             f"is {here} now, and the error that it promises was not measured for that. Calibrate anew to know it.",
             stacklevel=2,
         )
+
+
+def _fits(here: list[list[str]], there: list[list[str]]) -> bool:
+    """True unless two sizes differ that are both known: a size that Dynamo left open may be any."""
+    if [len(shape) for shape in here] != [len(shape) for shape in there]:
+        return False
+    sizes = [(n, m) for shapes in zip(here, there, strict=True) for n, m in zip(*shapes, strict=True)]
+    return all(n == m or not (n.isdigit() and m.isdigit()) for n, m in sizes)
 
 
 def _scheduler_name(scheduler: Any) -> str:

@@ -168,6 +168,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Callable[[nn.Module, int], Ten
             )
 
         return digits.load(device), sample, scheduler
+    import torch
     from diffusers import DiffusionPipeline
 
     from dqar_fx.cli.models import IMAGENET_CLASSES, load_pipeline
@@ -178,7 +179,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Callable[[nn.Module, int], Ten
         raise CommandError(f"--call {args.call}: not JSON ({error}).") from error
     if not isinstance(call, dict):
         raise CommandError(f"--call {args.call}: give the arguments as an object, {{...}}.")
-    pipe = load_pipeline(args.model, device, DiffusionPipeline)
+    # Gradients overflow in float16.
+    pipe = load_pipeline(args.model, device, DiffusionPipeline, torch.bfloat16)
     if type(pipe).__name__ == "DiTPipeline":
         call.setdefault("class_labels", list(IMAGENET_CLASSES))
     return pipe, call, pipe.scheduler

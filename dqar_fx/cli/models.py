@@ -219,8 +219,8 @@ def load(model: str, device: torch.device) -> Painter:
     return Pipeline(load_pipeline(model, device), model)
 
 
-def load_pipeline(model: str, device: torch.device, kind: Any = None) -> Any:
-    """A pipeline (by default a ``DiTPipeline``) from a folder or the hub; in half precision on a GPU.
+def load_pipeline(model: str, device: torch.device, kind: Any = None, dtype: torch.dtype | None = None) -> Any:
+    """A pipeline (by default a ``DiTPipeline``) from a folder or the hub; in ``dtype`` (float16) on a GPU.
 
     Raises:
         CommandError: it cannot be loaded; the message says why, and what to do without a network.
@@ -243,7 +243,7 @@ def load_pipeline(model: str, device: torch.device, kind: Any = None) -> Any:
         raise CommandError(f"--model {model} cannot be loaded ({reason}). {advice}.") from error
     pipe.set_progress_bar_config(disable=True)
     # Not while loading: that argument is called torch_dtype in older versions of diffusers, and dtype in newer ones.
-    return pipe.to(device, torch.float16) if device.type == "cuda" else pipe.to(device)
+    return pipe.to(device, dtype or torch.float16) if device.type == "cuda" else pipe.to(device)
 
 
 class Digits(Painter):
