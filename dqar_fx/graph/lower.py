@@ -11,10 +11,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.effects import finds_size
@@ -123,6 +126,8 @@ class Lowerer:
             node.meta.pop("example_value", None)
             node.meta.pop("grapharg", None)
             node.meta.pop("unbacked_bindings", None)  # sizes that were found are given here, and are numbers
+        if sizes:
+            _tell_tensors(gm)
         if as_it_is:
             self.uncompiled += 1
             self._done()
@@ -168,7 +173,8 @@ class Lowerer:
 
     def _counted(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         started = time.perf_counter()
-        function = self._backend(gm, inputs)
+        with _static_shapes():
+            function = self._backend(gm, inputs)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         logger.info("compiled a piece of %d nodes in %.2f s", len(gm.graph.nodes), seconds)
@@ -179,6 +185,27 @@ class Lowerer:
         self._count += 1
         if self.on_compile is not None:
             self.on_compile(self._count)
+
+
+def _static_shapes() -> AbstractContextManager[object]:
+    """What Dynamo would have around a compilation, with every size fixed.
+
+    Inductor looks into its cache on disk only where there is a shape environment, though it be empty.
+    """
+    if torch._guards.TracingContext.try_get() is not None:
+        return nullcontext()  # Dynamo's own: sizes are open
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    return torch._guards.tracing(torch._guards.TracingContext(mode))
+
+
+def _tell_tensors(gm: fx.GraphModule) -> None:
+    """Mark what methods are called of as tensors, as Dynamo does: the cache of AOTAutograd takes no others.
+
+    It looks for an example value, whatever that is.
+    """
+    for node in gm.graph.nodes:
+        if node.op == "call_method" and isinstance(node.args[0], fx.Node):
+            node.args[0].meta["example_value"] = None
 
 
 def _bake_numbers(gm: fx.GraphModule, arguments: Sequence[Any]) -> frozenset[int]:

@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.nn.attention.flex_attention import flex_attention
 
+import dqar_fx
+from dqar_fx import Schedule
 from dqar_fx.graph.capture import readable
 from dqar_fx.graph.lower import Lowerer, boxed, resolve_backend, signature
 from dqar_fx.graph.specialise import Variant
 from tests.graph.conftest import capture_call, equal, ops, traced
+from tests.models import NUM_STEPS, make_dit, sample
 
 
 class Counting:
@@ -60,7 +65,7 @@ def test_a_callable_is_a_backend_and_is_asked_once() -> None:
     assert backend.graphs[0] is not one.gm
     assert readable(one.gm) == text  # the input is untouched
     assert all("example_value" in n.meta for n in one.gm.graph.nodes)
-    assert not any("example_value" in n.meta for n in backend.graphs[0].graph.nodes)
+    assert all(n.meta.get("example_value") is None for n in backend.graphs[0].graph.nodes)
     assert lowerer.seconds > 0
 
 
@@ -278,3 +283,20 @@ def test_all_sizes_share_one_compilation_where_dynamo_can_trace() -> None:
         (result,) = lowerer.lower(piece, given)(list(given))
         assert equal(result, scaled(x))
     assert len(backend.graphs) == lowerer.count == 1
+
+
+def test_a_second_process_finds_every_piece_on_disk() -> None:
+    """The caches on disk are keyed by what is compiled, so that a new capture in this process tells the same."""
+    found = []
+    with fresh_cache(), torch._inductor.config.patch(fx_graph_cache=True):
+        for _ in range(2):
+            torch._dynamo.reset()
+            counters.clear()
+            model = dqar_fx.optimize(make_dit(layers=3), Schedule.interval(NUM_STEPS, every=3, warmup=2), dynamic=False)
+            sample(model)
+            aot, inductor = counters["aot_autograd"], counters["inductor"]
+            names = ("autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass")
+            found.append(tuple(aot[name] for name in names))
+            assert inductor["fxgraph_cache_bypass"] == 0
+            pieces = dqar_fx.runtime(model).stats.variants
+    assert found == [(0, pieces, 0), (pieces, 0, 0)]
