@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dqar_fx.graph.capture import fork
@@ -173,7 +173,7 @@ class Lowerer:
 
     def _counted(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         started = time.perf_counter()
-        with _static_shapes():
+        with _static_shapes(inputs):
             function = self._backend(gm, inputs)
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -187,13 +187,13 @@ class Lowerer:
             self.on_compile(self._count)
 
 
-def _static_shapes() -> AbstractContextManager[object]:
+def _static_shapes(inputs: Sequence[Any]) -> AbstractContextManager[object]:
     """What Dynamo would have around a compilation, with every size fixed.
 
     Inductor looks into its cache on disk only where there is a shape environment, though it be empty.
     """
-    if torch._guards.TracingContext.try_get() is not None:
-        return nullcontext()  # Dynamo's own: sizes are open
+    if torch._guards.TracingContext.try_get() is not None or any(isinstance(x, FakeTensor) for x in inputs):
+        return nullcontext()  # Dynamo's own, where sizes are open; fake tensors bring theirs
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     return torch._guards.tracing(torch._guards.TracingContext(mode))
 
