@@ -45,8 +45,7 @@ SAMPLE = [
     "HunyuanVideoTransformer3DModel", "MochiTransformer3DModel",
     "LTXVideoTransformer3DModel", "CosmosTransformer3DModel", "StableAudioDiTModel",
 ]  # fmt: skip
-#: What is stored and how; the last with the site measured as well.
-CACHES = ("int8", "int4:group8", "int8+balance", "kv:int8+balance")
+CACHES = ("int8", "int4:group8", "kv:int8+balance")
 OUTCOMES = (Outcome.COMPUTE, Outcome.STORE, Outcome.MEASURE_COMPARE, Outcome.REUSE)
 MEASURES = frozenset(("entropy::", "change"))
 COLUMNS = ("operator", "eager", "compiled", "added", "float64", "models")

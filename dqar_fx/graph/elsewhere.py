@@ -57,8 +57,12 @@ class WithoutDriver(TorchFunctionMode):
             return aten.copy_(*args, **kwargs)
         if func is Tensor.contiguous:
             return aten.contiguous(*args, **kwargs)
-        if func is Tensor.to and (len(args) > 1 and isinstance(args[1], torch.device)):
-            return aten._to_copy(args[0], device=args[1], dtype=args[2] if len(args) > 2 else kwargs.get("dtype"))
+        if func is Tensor.__invert__:
+            return aten.bitwise_not(*args)
+        if func is Tensor.to:
+            device = kwargs.get("device", args[1] if len(args) > 1 else None)
+            if isinstance(device, (str, torch.device)):
+                return aten._to_copy(args[0], device=device, dtype=args[2] if len(args) > 2 else kwargs.get("dtype"))
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attend(self._attention, *args, **kwargs)
         if "device" in kwargs and _get_current_dispatch_mode() is None:

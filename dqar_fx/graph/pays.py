@@ -79,7 +79,9 @@ def kernels_added(cache: CacheConfig, role: str) -> int:
     is read by their kernel. Keys and values stand between a library's kernels and have nothing to join.
     """
     dtype, alone = cache.dtype_of(role), bool(role)
-    store = alone + 2 * (cache.balance == DYNAMIC)
+    store = int(alone)
+    if cache.balance == DYNAMIC and role != "value":  # the salience of channels; of keys, the queries undo it
+        store += 2
     if dtype == "int4":
         store += 1 + (cache.group is not None)
     elif dtype == "int8":

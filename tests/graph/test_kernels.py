@@ -115,6 +115,7 @@ def test_on_metal_half_precision_is_the_same() -> None:
         ("int4", 1, 0),  # half as many bytes as there are values: nothing else has that size
         ("int8+balance", 2, 0),  # a channel's salience goes over all tokens
         ("kv:int8", 2, 2),  # between a library's matrix product and its attention: nothing to fuse with
+        ("kv:int8+balance", 3, 3),  # the salience of the keys, and what undoes it in the queries
     ],
 )
 def test_what_other_caches_add_on_metal(cache: str, stores: int, reads: int) -> None:
