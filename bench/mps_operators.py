@@ -8,7 +8,7 @@ it first, or calls the operator. ``added``: called by what the rewriting puts in
 which MPS has not; models are captured as they are on a CPU, and those of diffusers that use it there for their rotary
 embeddings ask on which device they are.
 
-    python bench/mps_operators.py                       # a model of each kind, 5 minutes on one core
+    python bench/mps_operators.py                       # a model of each kind; some minutes on one core
     python bench/mps_operators.py --classes 'Flux*' 'Wan*'
 """
 

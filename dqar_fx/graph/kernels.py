@@ -22,10 +22,12 @@ from dqar_fx.graph.elsewhere import like, moved, pretending
 from dqar_fx.graph.keys_values import find_stored
 from dqar_fx.graph.lower import Lowerer, resolve_backend
 from dqar_fx.graph.measure import DIFFERENCE_ROW, ROW
-from dqar_fx.graph.specialise import DIFFERENCE, LENT, MEASUREMENTS, Outcome, Variant
+from dqar_fx.graph.specialise import COMPARED, DIFFERENCE, LENT, MEASUREMENTS, Outcome, Variant
 from dqar_fx.runtime.cache import ExitSpec
 from dqar_fx.runtime.program import CapturedGraph
 
+#: What an outcome is at a site that cannot be compared with another branch's.
+_ALONE = {compared: outcome for outcome, compared in COMPARED.items()}
 OUTCOMES = (Outcome.COMPUTE, Outcome.STORE, Outcome.REUSE)
 
 #: ``name = async_compile.metal('name', '''source''', ...)``, or cpp_pybinding, triton; older: compile_mps_shader.
@@ -102,7 +104,8 @@ def variants(
 ) -> Iterator[tuple[str, Outcome, Variant, list[Any]]]:
     """Each different piece with all sites under one outcome: label, outcome, the piece, and what it is called with.
 
-    The pieces are those that the runtime would compile, moved to ``device``; the arguments are fake tensors there.
+    The pieces are those that the runtime would compile, moved to ``device``; the arguments are fake tensors there. Left
+    out are pieces that are given a size which is known only when another has run.
     """
     regions = [region for region in find_stored(gm, cache.target) if not region.site.reason]
     numbered = [replace(r, site=replace(r.site, index=i)) for i, r in enumerate(regions)]
@@ -111,8 +114,9 @@ def variants(
     specs = [[spec.allocate() for spec in replaced] for replaced in _without_data(graph.specs(()))]
     for outcome in outcomes:
         seen: set[int] = set()
-        for step in graph.build((outcome,) * graph.num_sites).steps:
-            if id(step.variant) in seen:
+        each = [outcome if i in graph.comparable else _ALONE.get(outcome, outcome) for i in range(graph.num_sites)]
+        for step in graph.build(tuple(each)).steps:
+            if id(step.variant) in seen or step.symbolic:
                 continue
             seen.add(id(step.variant))
             stored = iter([_stored(specs, t.site, t.exit, t.part) for t in step.transfers])
