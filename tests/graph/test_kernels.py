@@ -111,7 +111,6 @@ def test_on_metal_half_precision_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("cache", "stores", "reads"),
     [
-        ("native", 0, 0),
         ("int4", 1, 0),  # half as many bytes as there are values: nothing else has that size
         ("int8+balance", 2, 0),  # a channel's salience goes over all tokens
         ("kv:int8", 2, 2),  # between a library's matrix product and its attention: nothing to fuse with
