@@ -71,7 +71,7 @@ def explain(
         DqarError: the model is unknown, cannot be captured or has no attention, or an argument has no meaning.
     """
     build = find_model(name, config or {})
-    model, inputs, capture = _capture(build, dtype, dict(sizes or {}))
+    model, inputs, capture = capture_model(build, dtype, dict(sizes or {}))
     left: list[dict[str, str]] = []
     regions: list[list[Region]] = []
     paths: list[str] = []
@@ -266,7 +266,7 @@ def _from_config(kind: Any, config: Mapping[str, Any]) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _capture(
+def capture_model(
     build: Callable[[], nn.Module], dtype: torch.dtype, sizes: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, Any], Capture]:
     """On tensors without data if the model can run on them; else, if it is small, with random weights on the CPU."""

@@ -55,7 +55,8 @@ def optimize(
         gates: what may block a reuse that the schedule allows, by what was measured (DQAR's cascade); None for none.
         scheduler: the pipeline's diffusers scheduler. With it a step is identified without reading the device, and
             rules plan themselves for its number of steps. Without it the timestep's value is read once per call.
-        sites: which attentions to rewrite: a predicate on ``Site``, or ``fnmatch`` patterns on module paths.
+        sites: which attentions to rewrite: a predicate on ``Site``, or ``fnmatch`` patterns on module paths. None: all
+            that can be, on MPS less those that cannot pay by estimate (the report names them; ``"*"`` takes them too).
         backend: what the rewritten pieces are compiled with; ``"eager"`` runs them as FX graphs, bit-identical to the
             eager model where nothing is reused. ``mode``, ``options``, ``dynamic`` and ``fullgraph`` mean what they
             mean to ``torch.compile``.

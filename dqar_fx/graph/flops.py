@@ -228,17 +228,17 @@ def _example(gm: fx.GraphModule, value: Any, late: Mapping[fx.Node, Any]) -> Any
 def _on_meta(value: Any) -> Any:
     """The same without data, every symbol replaced by a number."""
     if isinstance(value, torch.Tensor):
-        return _empty([_hint(s) for s in value.shape], [_hint(s) for s in value.stride()], value.dtype)
+        return _empty([hint(s) for s in value.shape], [hint(s) for s in value.stride()], value.dtype)
     if isinstance(value, torch.device):
         return torch.device("meta")
     if isinstance(value, torch.Size):
-        return torch.Size(map(_hint, value))
+        return torch.Size(map(hint, value))
     if isinstance(value, (tuple, list)):
         items = [_on_meta(v) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {k: _on_meta(v) for k, v in value.items()}
-    return _hint(value)
+    return hint(value)
 
 
 def _empty(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -260,7 +260,7 @@ def _largest(value: Any) -> Any:
     return value
 
 
-def _hint(value: Any) -> Any:
+def hint(value: Any) -> Any:
     """A number in place of a symbolic one."""
     if not isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value

@@ -50,6 +50,7 @@ KEPT_PROGRAMS = 512
 class _Step:
     """A piece under given outcomes, placed: every value has the same register in all programs of a graph."""
 
+    label: str  # of the piece
     variant: Variant
     arguments: tuple[int, ...]  # registers, in calling order
     results: tuple[int, ...]
@@ -387,6 +388,7 @@ class CapturedGraph:
             for site, index, part in uses
         ]
         return _Step(
+            piece.label,
             variant,
             arguments,
             results,

@@ -23,6 +23,7 @@ from dqar_fx.graph.guard import graph_diff
 from dqar_fx.graph.keys_values import find_stored
 from dqar_fx.graph.lossless import mark_lossless
 from dqar_fx.graph.lower import Backend, Lowerer
+from dqar_fx.graph.pays import nothing_pays, why_it_cannot_pay
 from dqar_fx.graph.sites import Region, Site
 from dqar_fx.graph.specialise import Outcome, Variant
 from dqar_fx.plan import Plan
@@ -58,6 +59,7 @@ class _Call:
     total: int | None = None
     is_last: bool = False
     facts: Facts = NO_FACTS
+    leaves_alone: bool = False  # a graph of it has no site, as none can pay
 
 
 class _PerThread(threading.local):
@@ -106,6 +108,7 @@ class Runtime:
         self._threads = _PerThread(self.pool)
         self._lock = threading.RLock()
         self._restarts = 0
+        self._leaves_alone = False  # a site that could be rewritten is not, as that cannot pay
         self._warned: set[str] = set()
         self.capture_seconds = 0.0
         #: Names of the model's parameters and buffers, where known: they tell its own frame from that of a part.
@@ -306,19 +309,24 @@ class Runtime:
             whole = not broke and not self._breaks and self._is_root(gm)
             skipped: list[Site] = []
             regions: list[Region] = []
-            for region in found:
+            for region, unpaid in zip(found, self._unpaid(gm, found), strict=True):
                 site = region.site
                 if not site.reason and not self._wanted(site):
                     site = replace(site, reason="not selected by `sites`")
+                if not site.reason and unpaid:
+                    site = replace(site, reason=unpaid)
+                    self._leaves_alone = True
                 if site.reason:
                     skipped.append(site)
                 else:
                     regions.append(replace(region, site=replace(site, index=len(regions))))
             if whole and self.cache.lossless:
                 regions = mark_lossless(gm, regions, partial(constant_inputs, latents=self.latents))
-            if whole and not regions and not self._graphs:
+            if whole and not regions and self._leaves_alone:
+                self._warn_once("pays", nothing_pays(skipped))  # here, as the registered backend sees no call's end
+            elif whole and not regions and not self._graphs:
                 raise CaptureError(self._nothing_found(found))
-            if whole and not self._graphs:
+            elif whole and not self._graphs:
                 self._plans.plan(len(regions), None)  # a plan for another number of sites is refused before any compile
                 if isinstance(self.schedule, Plan):
                     check_shapes(self.schedule, [region.site for region in regions])
@@ -326,13 +334,22 @@ class Runtime:
             compares = self._gating is not None and self._gating.gates.cross_branch is not None
             graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants, measures, compares=compares)
             self._skipped += [site for site in skipped if site not in self._skipped]
-            if whole:
+            if whole and (regions or not self._leaves_alone):
                 self._totals[graph] = len(regions)
             if broke:
                 self._breaks.append(GraphBreak.of(reason))
             self._ends_in_break.append(broke)
             self._graphs.append(graph)
         return graph
+
+    def _unpaid(self, gm: fx.GraphModule, regions: Sequence[Region]) -> list[str]:
+        """Why each site is left alone although it could be rewritten, "" where it is not.
+
+        Whoever names sites, or has a plan for them, has decided.
+        """
+        if self._filter is not None or isinstance(self.schedule, Plan):
+            return [""] * len(regions)
+        return why_it_cannot_pay(gm, regions, self.cache)
 
     def _is_root(self, gm: fx.GraphModule) -> bool:
         """True if ``gm`` is of the model's own forward, False if of a part: where a frame breaks in a loop, Dynamo runs
@@ -377,6 +394,9 @@ class Runtime:
             return
         if call.sites:
             self._complete(call)
+        elif call.leaves_alone:
+            if not self._totals:
+                self._warn_once("pays", nothing_pays(self._skipped))
         elif self._graphs and not self._totals:
             raise CaptureError(self._nothing_found([]))
         else:
@@ -413,7 +433,8 @@ class Runtime:
         if call is None:  # a graph that runs outside of any call we were told of: nothing is known, so compute
             call = _Call(Tick(-1, Move.UNKNOWN), self._generation())
         if not graph.num_sites:
-            if not self._totals and not call.sites:
+            call.leaves_alone = self._leaves_alone
+            if not self._totals and not call.sites and not call.leaves_alone:
                 # No attention so far: before it is compiled, the call shows whether there is any.
                 return list(graph.captured.forward(*arguments))
             return graph.run(arguments, (), None, graph.sizes_of(arguments))
