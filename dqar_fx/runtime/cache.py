@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -192,24 +192,55 @@ class Store:
         return sum(self.site_bytes(site) for site in range(len(self.specs)))
 
 
-class BufferPool:
-    """Stores whose generation is over, kept with their buffers for the next one (``CacheConfig.keep_buffers``)."""
+class AddressUsers(Protocol):
+    """What relies on stores' addresses (``StepGraphs``)."""
 
-    def __init__(self) -> None:
+    @property
+    def is_on(self) -> bool:
+        """True while it does."""
+
+    def uses(self, store: Store) -> bool:
+        """True if it relies on those of ``store``."""
+
+
+class BufferPool:
+    """Stores whose generation is over, kept with their buffers for the next one.
+
+    Args:
+        keeps_all: keep them in any case (``CacheConfig.keep_buffers``).
+
+    Where ``users`` rely on addresses, those that they use are kept, and those of the last generation, which they may
+    come to use.
+    """
+
+    def __init__(self, *, keeps_all: bool) -> None:
+        self.users: AddressUsers | None = None
+        self._keeps_all = keeps_all
         self._free: dict[Hashable, list[Store]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def keeps(self) -> bool:
+        """False if a store whose generation is over is to be freed instead."""
+        return self._keeps_all or (self.users is not None and self.users.is_on)
 
     def take(self, key: Hashable) -> Store | None:
         """A store of this kind that nobody uses, or None."""
         with self._lock:
             free = self._free.get(key)
-            return free.pop() if free else None
+            return free.pop(0) if free else None  # in the order of giving: each branch is given its own again
 
-    def give(self, key: Hashable, store: Store) -> None:
-        """Hand in a store; its values are forgotten."""
-        store.clear()
+    def give(self, stores: Sequence[tuple[Hashable, Store]]) -> None:
+        """Hand in the stores of a generation; their values are forgotten."""
+        for _, store in stores:
+            store.clear()
+            store.history.renew()
         with self._lock:
-            self._free.setdefault(key, []).append(store)
+            if not self._keeps_all and self.users is not None:
+                for free in self._free.values():
+                    free[:] = filter(self.users.uses, free)
+            for key, store in stores:
+                self._free.setdefault(key, []).append(store)
 
     def clear(self) -> None:
         """Free all buffers."""
