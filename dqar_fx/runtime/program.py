@@ -276,10 +276,12 @@ class CapturedGraph:
             }
             specs = self._specs[sizes] = [
                 [
-                    exit_spec(value, layout, values, self._on_host, self._factors.get((site, index)))
+                    exit_spec(value, layout, values, self._on_host, self._factors.get((site, index)), region.site)
                     for index, (value, layout) in enumerate(zip(exits, layouts, strict=True))
                 ]
-                for site, (exits, layouts) in enumerate(zip(self._exits, self.layouts, strict=True))
+                for site, (exits, layouts, region) in enumerate(
+                    zip(self._exits, self.layouts, self.regions, strict=True)
+                )
             ]
         return specs
 

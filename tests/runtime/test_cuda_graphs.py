@@ -172,6 +172,7 @@ def test_a_step_is_recorded_when_it_comes_the_third_time_and_only_replayed_from_
     after = counts(runtime)
     assert (after.recorded, after.replayed) == (3, before.replayed + STEPS)
     assert recorder(runtime).recorded == 3
+    assert recorder(runtime).waits == after.replayed + 3  # each of the three also ran once over static memory
 
 
 def test_a_shape_that_is_seen_once_is_not_recorded() -> None:
