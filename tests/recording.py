@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ class FakeRecorder:
     def is_busy(self) -> bool:
         return self.busy
 
-    def wait(self) -> None:
+    def wait(self, static: Iterable[Tensor]) -> None:
+        assert all(isinstance(tensor, Tensor) for tensor in static)
         self.waits += 1
 
     def record(self, run: Callable[[], Sequence[Any]]) -> tuple[Callable[[], None], Sequence[Any]]:

@@ -23,7 +23,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,8 +55,11 @@ class Recorder(Protocol):
     def is_busy(self) -> bool:
         """True while somebody else records the present stream: nothing may be recorded or repeated inside of that."""
 
-    def wait(self) -> None:
-        """Order what is launched from here on behind the last use of static memory, on whatever stream that was."""
+    def wait(self, static: Iterable[torch.Tensor]) -> None:
+        """Order what is launched from here on behind the last use of static memory, on whatever stream that was.
+
+        ``static``: the memory that is going to be used, beside that of a recording.
+        """
 
     def record(self, run: Callable[[], Sequence[Any]]) -> tuple[Callable[[], None], Sequence[Any]]:
         """Record what ``run`` launches, without running it: what launches it, and what ``run`` returned, whose memory
@@ -74,18 +77,24 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._last: torch.cuda.Stream | None = None
+        self._streams = 0  # how often another stream was the present one
 
     def is_busy(self) -> bool:
         """See ``Recorder``."""
         with torch.cuda.device(self._device):
             return torch.cuda.is_current_stream_capturing()
 
-    def wait(self) -> None:
+    def wait(self, static: Iterable[torch.Tensor]) -> None:
         """See ``Recorder``."""
         present = torch.cuda.current_stream(self._device)
-        if self._last is not None and self._last != present:
-            present.wait_stream(self._last)
-        self._last = present
+        if self._last is None or self._last != present:
+            if self._last is not None:
+                present.wait_stream(self._last)
+            self._last = present
+            self._streams += 1
+        if self._streams > 1:
+            for tensor in static:  # so that it is not freed, and taken by others, before this stream is done with it
+                tensor.record_stream(present)
 
     def record(self, run: Callable[[], Sequence[Any]]) -> tuple[Callable[[], None], Sequence[Any]]:
         """See ``Recorder``."""
@@ -418,7 +427,7 @@ class GraphRunner:
             return None
         if step.runs > 2 and step.replay is None and not owner.has_room(step):
             return None
-        recorder.wait()
+        recorder.wait(inputs.tensors)
         static = inputs.fill(arguments)
         if step.runs == 2:
             return graph.run(static, outcomes, store, sizes)
@@ -492,6 +501,11 @@ class StaticInputs:
             self._tensors = {i: _like(arguments[i]) for i in layout.copied}
         #: By position: the tensor that was last copied, its version and its address.
         self._last: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+
+    @property
+    def tensors(self) -> Iterable[torch.Tensor]:
+        """The copies."""
+        return self._tensors.values()
 
     def fits(self, arguments: Sequence[Any]) -> bool:
         """True if these are laid out as those that it was made for."""
