@@ -136,9 +136,7 @@ CASES: dict[str, dict[str, Any]] = {
     "native": {"cache": CacheConfig(dtype="native")},
     "int4, balanced": {"cache": CacheConfig(dtype="int4", balance="dynamic")},
     "kv": {"cache": CacheConfig(target="kv")},
-    "taper": {"schedule": Schedule.taper(STEPS)},
     "linear": {"schedule": Schedule.linear(STEPS, warmup=0.2, fraction=1.0)},
-    "kept": {"cache": CacheConfig(keep_buffers=True)},
     "entropy and change": {"gates": Gates(entropy=EntropyGate(100.0), change=ChangeGate(0.05), snr=None)},
     "state of its own": {"kind": Counting},
     "two graphs": {"kind": Broken},
@@ -185,7 +183,7 @@ def test_a_shape_that_is_seen_once_is_not_recorded() -> None:
 
 def test_other_shapes_have_recordings_of_their_own() -> None:
     (plain, _), (model, runtime) = reference(), make()
-    for batch in (2, 3, 5, 3, 2, 5, 3, 2):
+    for batch in (2, 3, 3, 2, 3, 2):
         assert torch.equal(sample(model, batch, batch), sample(plain, batch, batch))
     assert counts(runtime).replayed > 2 * STEPS
 

@@ -89,8 +89,16 @@ def test_where_all_sites_are_alive_at_once_nothing_is_done(schedule: Schedule) -
     assert type(step_table(schedule.plan(12), 0, 12)) is StepTable
 
 
-@pytest.mark.parametrize("cache", [CacheConfig(dtype="native"), CacheConfig(), CacheConfig(target="kv")], ids=str)
-@pytest.mark.parametrize("schedule", [STAGGERED, THIRDS, random_plan(0)], ids=["staggered", "thirds", "random"])
+@pytest.mark.parametrize(
+    ("schedule", "cache"),
+    [
+        (STAGGERED, CacheConfig()),
+        (THIRDS, CacheConfig(dtype="native")),
+        (THIRDS, CacheConfig(target="kv")),
+        (random_plan(0), CacheConfig()),
+    ],
+    ids=["staggered", "thirds", "thirds, kv", "random"],
+)
 def test_sites_that_take_turns_give_the_same_results_in_less_memory(
     schedule: Schedule | Plan, cache: CacheConfig
 ) -> None:
@@ -163,22 +171,22 @@ def calls(seed: int) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("keep", [False, True])
 def test_whatever_a_caller_does_nobody_reads_what_another_site_has_written(keep: bool) -> None:
     cache = CacheConfig(dtype="native", keep_buffers=keep)
-    for plan in (STAGGERED, THIRDS, random_plan(0)):
+    for plan in (STAGGERED, random_plan(0)):
         model = optimized(plan, cache=cache)
         runtime = dqar_fx.runtime(model)
         watch = Watch()
         with mock.patch.object(CapturedGraph, "run", watch(CapturedGraph.run)):
-            for seed in range(6):
+            for seed in range(3):
                 with runtime.generation(STEPS):
                     for step, branch in calls(seed):
                         if seed % 2:
                             runtime.begin_step(step)
                         with runtime.branch(branch):
                             call(model, step)
-                        if seed == 4 and step == 5:
+                        if seed == 2 and step == 5:
                             with torch.no_grad():
                                 model.embed.weight.mul_(1.0)  # other weights, as far as anybody knows
-        assert watch.reads > 50
+        assert watch.reads > 20
 
 
 def test_values_of_the_plan_before_are_not_read_under_another() -> None:
@@ -206,8 +214,8 @@ def outcomes_of(runtime: dqar_fx.Runtime) -> dict[tuple[str, int], list[Outcome]
 
 @pytest.mark.parametrize(
     "schedule",
-    [STAGGERED, THIRDS, Schedule.interval(STEPS, every=3, warmup=2), Schedule.interval(STEPS, every=4, warmup=3),
-     Schedule.linear(STEPS, warmup=2, fraction=1.0), Schedule.linear(STEPS, warmup=2, fraction=1.0, refresh=3),
+    [THIRDS, Schedule.interval(STEPS, every=3, warmup=2), Schedule.linear(STEPS, warmup=2, fraction=1.0),
+     Schedule.linear(STEPS, warmup=2, fraction=1.0, refresh=3),
      Schedule.phases(STEPS, refresh=2), Schedule.taper(STEPS, first=4, last=0.5), Schedule.always(STEPS),
      Schedule.none(STEPS), random_plan(1)],
     ids=str,
@@ -237,7 +245,7 @@ GATES = [
 
 @pytest.mark.parametrize("gates", GATES, ids=str)
 @pytest.mark.parametrize(
-    "schedule", [Schedule.interval(STEPS, every=3, warmup=3), Schedule.taper(STEPS, first=4, last=0.5), random_plan(1)]
+    "schedule", [Schedule.interval(STEPS, every=3, warmup=3), random_plan(1)]
 )  # fmt: skip
 def test_behind_gates_only_what_a_step_to_come_may_read_is_stored(schedule: Schedule | Plan, gates: Gates) -> None:
     model = optimized(schedule, gates=gates)
