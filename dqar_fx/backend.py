@@ -18,12 +18,13 @@ from dqar_fx.graph.effects import target_name
 from dqar_fx.graph.lower import resolve_backend
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.conditioning import SourceReader
+from dqar_fx.runtime.cuda_graphs import step_graphs
 from dqar_fx.runtime.identity import timestep_argument
 from dqar_fx.runtime.program import CapturedGraph
 from dqar_fx.runtime.runtime import Runtime
 from dqar_fx.schedule import Schedule
 
-_OPTIONS = ("schedule", "cache", "gates", "scheduler", "sites", "backend", "mode", "options")
+_OPTIONS = ("schedule", "cache", "gates", "scheduler", "sites", "backend", "mode", "options", "cuda_graphs")
 
 #: Runtimes that the registered backend made, by the identity of the options they were made from. Weak: a runtime lives
 #: as long as Dynamo keeps a graph of it, and holds its options, so that their identity stays its own.
@@ -92,8 +93,8 @@ def dqar_fx(
 ) -> Callable[..., Any]:
     """The registered backend.
 
-    ``options``: ``schedule`` (required), ``cache``, ``gates``, ``scheduler`` and ``sites`` as for ``optimize``;
-    ``backend``, ``mode`` and ``options`` for compiling the rewritten pieces.
+    ``options``: ``schedule`` (required), ``cache``, ``gates``, ``scheduler``, ``sites`` and ``cuda_graphs`` as for
+    ``optimize``; ``backend``, ``mode`` and ``options`` for compiling the rewritten pieces.
 
     Raises:
         RuntimeStateError: no ``schedule``, or an unknown option.
@@ -108,7 +109,7 @@ def dqar_fx(
         raise RuntimeStateError(f'unknown options for backend "dqar_fx": {unknown}. Known: {", ".join(_OPTIONS)}.')
     runtime = _runtimes.get(id(options))
     if runtime is None:
-        runtime = make_runtime(**{"cache": CacheConfig(), **options})
+        runtime = make_runtime(**{"cache": CacheConfig(), "cuda_graphs": "auto", **options})
         runtime.origin = options
         _runtimes[id(options)] = runtime
     return CaptureBackend(runtime, delimited=False)(gm, example_inputs)
@@ -125,6 +126,7 @@ def make_runtime(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
+    cuda_graphs: bool | str = False,
 ) -> Runtime:
     """A runtime, its arguments checked.
 
@@ -155,7 +157,10 @@ def make_runtime(
             f"pipeline's scheduler (scheduler=pipe.scheduler), or leave the gate out ({asks}=None)."
         )
     compiler = resolve_backend(backend, mode, options, dynamic)
-    return Runtime(schedule, cache, scheduler, sites, compiler, gates=gates, dynamic=bool(dynamic))
+    return Runtime(
+        schedule, cache, scheduler, sites, compiler, gates=gates, dynamic=bool(dynamic),
+        step_graphs=step_graphs(cuda_graphs, compiler),
+    )  # fmt: skip
 
 
 def runtime_of_compiled(model: Any) -> Runtime | None:

@@ -42,6 +42,7 @@ def optimize(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
     fullgraph: bool = False,
+    cuda_graphs: bool | str = "auto",
 ) -> Module:
     """Make a diffusion transformer reuse its attentions across denoising steps, inside compiled graphs.
 
@@ -60,6 +61,10 @@ def optimize(
         backend: what the rewritten pieces are compiled with; ``"eager"`` runs them as FX graphs, bit-identical to the
             eager model where nothing is reused. ``mode``, ``options``, ``dynamic`` and ``fullgraph`` mean what they
             mean to ``torch.compile``.
+        cuda_graphs: record steps that repeat, on a CUDA device, and launch each at once (see
+            ``dqar_fx.runtime.cuda_graphs``). ``"auto"``: where that is possible; the report says where not. True:
+            refuse where there is no CUDA device, and warn where a graph cannot be recorded. False: never. Recordings
+            keep the memory of a step, and that of the stored values, between generations; ``runtime.reset`` frees it.
 
     Returns:
         The same module, compiled in place; ``restore`` undoes it.
@@ -68,7 +73,8 @@ def optimize(
         CaptureError: not an ``nn.Module``, or in training mode with dropout. At the first call: no attention is found,
             or gradients are on.
         RuntimeStateError: already optimised or compiled (the model or a part of it), with one of diffusers' own caches
-            enabled, or an argument of the wrong kind.
+            enabled, or an argument of the wrong kind. ``cuda_graphs=True`` without a CUDA device, or beside a mode that
+            makes CUDA graphs of its own.
         GateError: a gate that nothing in this run can answer.
         PlanError: at the first call, if a ``Plan`` was made for another number of sites.
     """
@@ -77,7 +83,7 @@ def optimize(
         binding.check(schedule, model, scheduler, cache)
     runtime = make_runtime(
         schedule=schedule, cache=cache, gates=gates, scheduler=scheduler, sites=sites, backend=backend, mode=mode,
-        options=options, dynamic=dynamic,
+        options=options, dynamic=dynamic, cuda_graphs=cuda_graphs,
     )  # fmt: skip
     runtime.state_names = state_names(model)
     settings = {"dynamic": dynamic, "fullgraph": fullgraph, **isolation()}

@@ -28,11 +28,13 @@ class Outcome(Enum):
     COMPUTE = "compute"
     STORE = "compute+store"
     MEASURE = "compute+store+measure"
+    OBSERVE = "compute+measure"
     REUSE = "reuse"
     # The same, and compare with what another branch of guidance has stored at this step.
     COMPARE = "compute+compare"
     STORE_COMPARE = "compute+store+compare"
     MEASURE_COMPARE = "compute+store+measure+compare"
+    OBSERVE_COMPARE = "compute+measure+compare"
 
 
 #: What an outcome becomes where it compares as well.
@@ -40,15 +42,16 @@ COMPARED = {
     Outcome.COMPUTE: Outcome.COMPARE,
     Outcome.STORE: Outcome.STORE_COMPARE,
     Outcome.MEASURE: Outcome.MEASURE_COMPARE,
+    Outcome.OBSERVE: Outcome.OBSERVE_COMPARE,
 }
 COMPARING = frozenset(COMPARED.values())
-MEASURING = frozenset((Outcome.MEASURE, Outcome.MEASURE_COMPARE))
-#: The outcomes that write what is stored.
+MEASURING = frozenset((Outcome.MEASURE, Outcome.MEASURE_COMPARE, Outcome.OBSERVE, Outcome.OBSERVE_COMPARE))
 #: ``ExitLayout.balance`` with factors that are there before the first store.
 GIVEN = "given"
-STORING = frozenset((Outcome.STORE, Outcome.STORE_COMPARE)) | MEASURING
+#: The outcomes that write what is stored.
+STORING = frozenset((Outcome.STORE, Outcome.STORE_COMPARE, Outcome.MEASURE, Outcome.MEASURE_COMPARE))
 #: The outcomes that write anything.
-WRITING = STORING | COMPARING
+WRITING = STORING | COMPARING | MEASURING
 #: In place of an exit: the row of what was measured (see ``measure``), and that of how far two branches are apart.
 MEASUREMENTS, DIFFERENCE = -1, -2
 #: Exit ``i`` as another branch has stored it is ``LENT - i``.
@@ -199,7 +202,8 @@ def specialise(
     compute::  a = attn(norm(x)); y = x + a
     store::    a = attn(norm(x)); q, s = quantize(a); q_0.copy_(q); s_0.copy_(s); y = x + a
     measure::  as store, and row_0.copy_([entropy of attn, |a - dequantize(q_0, s_0)| / |a|, ...]) before it
-    compare::  as one of these three, and row_0.copy_(|a - dequantize(q_1, s_1)| / |a|), of what another branch stored
+    observe::  as compute, and row_0.copy_([entropy of attn, nan, ...])
+    compare::  as one of these four, and row_0.copy_(|a - dequantize(q_1, s_1)| / |a|), of what another branch stored
     reuse::    y = x + dequantize(q_0, s_0)
 
     A compute step hands on the fresh value, never its quantised copy. Quantise and dequantise are plain operations of

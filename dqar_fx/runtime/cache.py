@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -32,6 +32,12 @@ class ExitSpec:
     layout: ExitLayout
     on_host: bool = False
     factors: torch.Tensor | None = field(default=None, compare=False)  # calibrated
+    lossless: bool = False  # read at steps that no plan knows of
+
+    @property
+    def is_special(self) -> bool:
+        """True if its memory serves no other exit that looks the same."""
+        return self.lossless or self.layout.late_size or self.factors is not None
 
     def allocate(self) -> tuple[torch.Tensor, ...]:
         """New buffers: ``(values,)``, ``(int8 values [shape], float32 scales)``, or the same in bytes of two values.
@@ -74,6 +80,10 @@ def _packed(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int,
 _Buffers = list[tuple[torch.Tensor, ...]]  # of one site, [exit][part]
 
 
+def _bytes(buffers: _Buffers) -> int:
+    return sum(t.numel() * t.element_size() for parts in buffers for t in parts)
+
+
 class Loan(NamedTuple):
     """A site whose value is another store's: whose, in which of its epochs, and the buffers that stand by meanwhile."""
 
@@ -103,6 +113,10 @@ class Store:
     epoch: int = field(default=0, init=False)
     loans: dict[int, Loan] = field(default_factory=dict, init=False)  # by site
     lender: Store | None = field(default=None, init=False)  # what the call that runs is compared with
+    #: Where sites take turns (``lifetimes``): the memory of each place, who has it, and the place of each site.
+    _memory: dict[int, _Buffers] = field(default_factory=dict, init=False)
+    _holder: dict[int, int] = field(default_factory=dict, init=False)
+    _place: dict[int, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.buffers = [None] * len(self.specs)
@@ -129,6 +143,27 @@ class Store:
             return self.history.difference_row(site)
         assert self.lender is not None
         return self.lender.of(site)[LENT - index][part]
+
+    def move(self, places: Mapping[int, int]) -> None:
+        """Give sites, which store now, memory by the number of a place; whoever had a place before has no value more.
+
+        At any time no two sites have the same buffers. A place must always be given to sites with equal specs.
+        """
+        moving = {site: place for site, place in places.items() if self._holder.get(place) != site}
+        for site in moving:
+            if site in self._place:
+                del self._holder[self._place.pop(site)]
+                self.buffers[site] = None
+        for site, place in moving.items():
+            before = self._holder.get(place)
+            if before is not None:
+                del self._place[before]
+                self.buffers[before], self.step[before] = None, EMPTY
+            self._holder[place], self._place[site], self._released[site] = site, place, 0
+            if place in self._memory:
+                self.buffers[site] = self._memory[place]
+            else:
+                self._memory[place] = self.of(site)
 
     def borrow(self, site: int, lender: Store) -> None:
         """From here on the value of ``site`` is the lender's, until it stores another, or this store does."""
@@ -173,6 +208,8 @@ class Store:
         self.give_all_back()
         self._released = [self.site_bytes(site) for site in range(len(self.specs))]
         self.buffers = [None] * len(self.specs)
+        for turns in (self._memory, self._holder, self._place):
+            turns.clear()
         self.clear()
 
     @property
@@ -183,33 +220,64 @@ class Store:
     def site_bytes(self, site: int) -> int:
         """Bytes of one site's stored value; after ``release``, what they were."""
         own = self.loans[site].own if site in self.loans else self.buffers[site]
-        held = sum(t.numel() * t.element_size() for parts in own or [] for t in parts)
-        return held or self._released[site]
+        return _bytes(own or []) or self._released[site]
 
     @property
     def bytes(self) -> int:
         """Bytes of all stored values; after ``release``, what they were."""
-        return sum(self.site_bytes(site) for site in range(len(self.specs)))
+        idle = [memory for place, memory in self._memory.items() if place not in self._holder]
+        return sum(self.site_bytes(site) for site in range(len(self.specs))) + sum(map(_bytes, idle))
+
+
+class AddressUsers(Protocol):
+    """What relies on stores' addresses (``StepGraphs``)."""
+
+    @property
+    def is_on(self) -> bool:
+        """True while it does."""
+
+    def uses(self, store: Store) -> bool:
+        """True if it relies on those of ``store``."""
 
 
 class BufferPool:
-    """Stores whose generation is over, kept with their buffers for the next one (``CacheConfig.keep_buffers``)."""
+    """Stores whose generation is over, kept with their buffers for the next one.
 
-    def __init__(self) -> None:
+    Args:
+        keeps_all: keep them in any case (``CacheConfig.keep_buffers``).
+
+    Where ``users`` rely on addresses, those that they use are kept, and those of the last generation, which they may
+    come to use.
+    """
+
+    def __init__(self, *, keeps_all: bool) -> None:
+        self.users: AddressUsers | None = None
+        self._keeps_all = keeps_all
         self._free: dict[Hashable, list[Store]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def keeps(self) -> bool:
+        """False if a store whose generation is over is to be freed instead."""
+        return self._keeps_all or (self.users is not None and self.users.is_on)
 
     def take(self, key: Hashable) -> Store | None:
         """A store of this kind that nobody uses, or None."""
         with self._lock:
             free = self._free.get(key)
-            return free.pop() if free else None
+            return free.pop(0) if free else None  # in the order of giving: each branch is given its own again
 
-    def give(self, key: Hashable, store: Store) -> None:
-        """Hand in a store; its values are forgotten."""
-        store.clear()
+    def give(self, stores: Sequence[tuple[Hashable, Store]]) -> None:
+        """Hand in the stores of a generation; their values are forgotten."""
+        for _, store in stores:
+            store.clear()
+            store.history.renew()
         with self._lock:
-            self._free.setdefault(key, []).append(store)
+            if not self._keeps_all and self.users is not None:
+                for free in self._free.values():
+                    free[:] = filter(self.users.uses, free)
+            for key, store in stores:
+                self._free.setdefault(key, []).append(store)
 
     def clear(self) -> None:
         """Free all buffers."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from dqar_fx.gates import Candidate, Gate, Gates
-from dqar_fx.graph.specialise import STORING, Outcome
+from dqar_fx.graph.specialise import MEASURING, STORING, Outcome
 from dqar_fx.policy import PolicyGate
 from dqar_fx.runtime.cache import EMPTY, Store
 from dqar_fx.runtime.clock import Move, Tick
@@ -89,9 +89,11 @@ class GatedTable:
         # A measurement decides LAG steps later; a change needs two of them in a row.
         ahead = LAG + ("change" in gating.measures)
         measured = [bool(gating.measures) and graph.can_measure(site) for site in range(table.count)]
+        # A change is that from what was stored before.
+        compares = "change" in gating.measures
         self._computing: list[Outcomes] = [
             tuple(
-                Outcome.MEASURE
+                (Outcome.MEASURE if compares or any(row[s] for row in table.reuse[t + 1 : t + 2]) else Outcome.OBSERVE)
                 if measured[s] and any(row[s] for row in table.reuse[t + 1 : t + 1 + ahead])
                 else Outcome.STORE
                 if any(row[s] for row in table.reuse[t + 1 : t + 2])
@@ -143,7 +145,7 @@ class GatedTable:
                     outcomes[site], reasons[site] = computing[site], policy.reason
                     history.reuses[site] -= 1
         history.measuring = [
-            (site, store.step[site] != EMPTY) for site, outcome in enumerate(outcomes) if outcome is Outcome.MEASURE
+            (site, store.step[site] != EMPTY) for site, outcome in enumerate(outcomes) if outcome in MEASURING
         ]
         for site, outcome in enumerate(outcomes):
             if outcome in STORING:

@@ -278,15 +278,14 @@ class Generation:
         self._forget()
 
     def _finish(self, store: Store) -> None:
-        if self.pool is not None:
+        if self.pool is not None and self.pool.keeps:
             store.clear()
         else:
             store.release()
 
     def _drop(self) -> None:
-        if self.pool is not None:
-            for stored in self._stores.values():
-                self.pool.give((stored.graph, stored.sizes), stored.store)
+        if self.pool is not None and self.pool.keeps:
+            self.pool.give([((stored.graph, stored.sizes), stored.store) for stored in self._stores.values()])
         elif self.shares:
             for stored in self._stores.values():
                 stored.store.give_all_back()  # stores that know each other would wait for the garbage collector

@@ -106,6 +106,12 @@ class History:
         self.taken.clear()
         self._arriving.clear()
 
+    def renew(self) -> None:
+        """Forget all, for another run; what was measured before cannot be asked for any more."""
+        self.clear()
+        self._late.clear()
+        self._seen.clear()
+
     def row(self, site: int) -> torch.Tensor:
         """Where ``site`` writes what it measures: float32 ``[ROW]``, on its device, always at the same address."""
         return self._row_of(self._rows, site)

@@ -7,6 +7,7 @@ import warnings
 from dqar_fx.errors import DqarError
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.generation import StepTable
+from dqar_fx.runtime.lifetimes import step_table
 from dqar_fx.schedule import Schedule
 
 
@@ -50,5 +51,5 @@ class Plans:
                 warnings.warn(f"calls of the model with {num_sites} attentions compute: {error}", stacklevel=6)
                 plan = Schedule.none(num_steps or self.schedule.num_steps).plan(num_sites)
                 self._plans[num_sites, num_steps] = plan
-            table = self._tables[key] = StepTable(plan, first, count)
+            table = self._tables[key] = step_table(plan, first, count)
         return table

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -84,6 +84,10 @@ class Program:
         """Of each step, the stored values that go to and from host memory, if that is where they live."""
         return [tuple(t for t in step.transfers if t.exit != MEASUREMENTS) for step in self.steps]
 
+    def stored(self, store: Store | None) -> list[torch.Tensor]:
+        """The stored tensors that this program reads and writes where they are; allocates what is missing."""
+        return [] if store is None else [store.tensor(use.site, use.exit, use.part) for use in self.buffers]
+
     def bind(self, store: Store | None, registers: list[Any]) -> None:
         """Put the stored tensors that this program reads and writes into place; allocates what is missing."""
         if store is None:
@@ -105,6 +109,15 @@ class Program:
                     )
                 exits[index] = tuple(parts)
             parts[part].copy_(value)
+
+
+class Runner(Protocol):
+    """What may run a captured graph in its place."""
+
+    def run(
+        self, arguments: Sequence[Any], outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...]
+    ) -> list[Any]:
+        """See ``CapturedGraph.run``."""
 
 
 class CapturedGraph:
@@ -196,6 +209,8 @@ class CapturedGraph:
             and not any(layout.late_size for layout in self.layouts[i])
         )
         self._entropy_bounds = [_entropy_bound([nodes[name] for name in region.attentions]) for region in regions]
+        #: What runs it in its place, and puts whole steps into CUDA graphs; None where that is off.
+        self.runner: Runner | None = None
         self._place()
 
     def _place(self) -> None:
@@ -262,10 +277,12 @@ class CapturedGraph:
             }
             specs = self._specs[sizes] = [
                 [
-                    exit_spec(value, layout, values, self._on_host, self._factors.get((site, index)))
+                    exit_spec(value, layout, values, self._on_host, self._factors.get((site, index)), region.site)
                     for index, (value, layout) in enumerate(zip(exits, layouts, strict=True))
                 ]
-                for site, (exits, layouts) in enumerate(zip(self._exits, self.layouts, strict=True))
+                for site, (exits, layouts, region) in enumerate(
+                    zip(self._exits, self.layouts, self.regions, strict=True)
+                )
             ]
         return specs
 
@@ -277,11 +294,7 @@ class CapturedGraph:
         Returns what the captured graph returns, in the same order.
         """
         modes = (sizes, torch.is_inference_mode_enabled())
-        program = self._programs.get((outcomes, modes))
-        if program is None:
-            program = self._programs[outcomes, modes] = self.build(outcomes)
-            if len(self._programs) > KEPT_PROGRAMS:  # gates make any combination of outcomes; the oldest goes
-                del self._programs[next(iter(self._programs))]
+        program = self._programs.get((outcomes, modes)) or self._program(outcomes, modes)
         registers = [*arguments, *self.constants, *self._blank]
         program.bind(store, registers)
         for i in self._scalars:
@@ -297,6 +310,21 @@ class CapturedGraph:
                 registers[i] = value
         program.keep(registers, store)
         return [registers[i] for i in self._returned]
+
+    def _program(self, outcomes: Outcomes, modes: _Modes) -> Program:
+        program = self._programs[outcomes, modes] = self.build(outcomes)
+        if len(self._programs) > KEPT_PROGRAMS:  # gates make any combination of outcomes; the oldest goes
+            del self._programs[next(iter(self._programs))]
+        return program
+
+    def prepare(
+        self, outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...]
+    ) -> tuple[Program, list[torch.Tensor]]:
+        """The program that ``run`` would run, and all tensors that it would use where they are, besides its arguments
+        and the graph's constants: a step that is recorded is the same only as long as these are."""
+        modes = (sizes, torch.is_inference_mode_enabled())
+        program = self._programs.get((outcomes, modes)) or self._program(outcomes, modes)
+        return program, program.stored(store)
 
     def _run_apart(
         self, program: Program, modes: _Modes, registers: list[Any], store: Store | None, copies: Copies | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from dqar_fx.graph.sites import Site
 from dqar_fx.plan import Plan
+from dqar_fx.runtime.cuda_graphs import GraphCounts
 from dqar_fx.runtime.decisions import Decision, Measured, plot
 
 MIB = 2**20
@@ -29,6 +30,7 @@ class Stats:
         graph_breaks: breaks between them.
         variants: compiled pieces, one for each (piece, outcome, input signature) that was needed.
         compile_seconds: time spent rewriting and compiling them.
+        cuda_graphs: what became of steps as CUDA graphs; None where that is off.
     """
 
     decisions: tuple[Decision, ...]
@@ -38,6 +40,7 @@ class Stats:
     variants: int
     compile_seconds: float
     measurements: tuple[Measured, ...] = ()
+    cuda_graphs: GraphCounts | None = None
 
     def plot(self, path: str | Path | None = None, *, title: str = "", size: tuple[float, float] = (9.0, 5.0)) -> Any:
         """Draw the decisions, step by site, coloured by reason; see ``Plan.plot`` for ``path`` and ``size``.
@@ -154,6 +157,7 @@ class Report:
             "cache_bytes": self.stats.cache_bytes,
             "repeated_calls": self.repeats,
             "uncompiled_pieces": self.uncompiled,
+            "cuda_graphs": asdict(self.stats.cuda_graphs) if self.stats.cuda_graphs is not None else None,
         }
 
     def __str__(self) -> str:
@@ -186,6 +190,12 @@ class Report:
                 head.append(f"of the reused, taken from another branch at the same step: {data['shared']}")
             if self.unshared:
                 head.append(f"nothing is shared between branches: {self.unshared}")
+        if (graphs := self.stats.cuda_graphs) is not None:
+            head.append(
+                f"CUDA graphs: {graphs.held} held, recorded {graphs.recorded}, replayed {graphs.replayed}, "
+                f"evicted {graphs.evicted}"
+            )
+            head += [f"without CUDA graphs: {reason}" for reason in graphs.reasons]
         rows = [
             [s["index"], s["path"], s["kind"], s["exits"], " ".join("x".join(shape) for shape in s["shapes"]),
              "exact" if s["lossless"] and ratio else "" if s["planned_reuse"] is None else f"{s['planned_reuse']:.0%}",

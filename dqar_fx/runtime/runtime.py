@@ -30,6 +30,7 @@ from dqar_fx.plan import Plan
 from dqar_fx.runtime.cache import BufferPool
 from dqar_fx.runtime.clock import Move, Tick
 from dqar_fx.runtime.conditioning import Inputs
+from dqar_fx.runtime.cuda_graphs import StepGraphs
 from dqar_fx.runtime.entered import Entered, entered_by
 from dqar_fx.runtime.gating import GatedTable, Gating
 from dqar_fx.runtime.generation import NO_FACTS, Facts, Generation, StepTable
@@ -65,7 +66,7 @@ class _Call:
 class _PerThread(threading.local):
     """What a thread has when it enters no generation of its own."""
 
-    def __init__(self, pool: BufferPool | None) -> None:
+    def __init__(self, pool: BufferPool) -> None:
         self.implicit = Generation(pool=pool)
         self.last: Generation | None = None
         self.call: _Call | None = None
@@ -87,6 +88,7 @@ class Runtime:
         *,
         gates: Gates | None = None,
         dynamic: bool = False,
+        step_graphs: StepGraphs | None = None,
     ) -> None:
         self.schedule = schedule
         self.cache = cache
@@ -104,7 +106,9 @@ class Runtime:
         #: How many sites a call has that begins with this graph (of those that hold any).
         self._totals: dict[CapturedGraph, int] = {}
         self._plans = Plans(schedule)
-        self.pool = BufferPool() if cache.keep_buffers else None
+        #: What puts whole steps into CUDA graphs; None where that is off.
+        self.step_graphs = step_graphs
+        self.pool = BufferPool(keeps_all=cache.keep_buffers)
         self._threads = _PerThread(self.pool)
         self._lock = threading.RLock()
         self._restarts = 0
@@ -187,8 +191,9 @@ class Runtime:
     def reset(self) -> None:
         """Forget everything that the current generation of this thread has stored, and free it."""
         self._generation().free()
-        if self.pool is not None:
-            self.pool.clear()
+        self.pool.clear()
+        if self.step_graphs is not None:
+            self.step_graphs.forget()
 
     def end_generation(self) -> None:
         """The current run is over, as a pipeline says: its memory is free again, its statistics stay."""
@@ -236,6 +241,7 @@ class Runtime:
             variants=self.lowerer.count,
             compile_seconds=self.lowerer.seconds + self.capture_seconds,
             measurements=tuple(generation.measurements()),
+            cuda_graphs=self.step_graphs.counts if self.step_graphs is not None else None,
         )
 
     def report(self) -> Report:
@@ -333,6 +339,9 @@ class Runtime:
             measures = self._gating.measures if self._gating is not None else frozenset[str]()
             compares = self._gating is not None and self._gating.gates.cross_branch is not None
             graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants, measures, compares=compares)
+            if self.step_graphs is not None:
+                graph.runner = self.step_graphs.take(graph, self.latents, on_host=self.cache.device == "cpu")
+                self.pool.users = self.step_graphs
             self._skipped += [site for site in skipped if site not in self._skipped]
             if whole and (regions or not self._leaves_alone):
                 self._totals[graph] = len(regions)
@@ -437,7 +446,7 @@ class Runtime:
             if not self._totals and not call.sites and not call.leaves_alone:
                 # No attention so far: before it is compiled, the call shows whether there is any.
                 return list(graph.captured.forward(*arguments))
-            return graph.run(arguments, (), None, graph.sizes_of(arguments))
+            return (graph.runner or graph).run(arguments, (), None, graph.sizes_of(arguments))
         generation, tick, first = call.generation, call.tick, call.sites
         if not call.graphs:
             call.total = self._totals.get(graph)
@@ -473,7 +482,7 @@ class Runtime:
                 )
         generation.log.append((tick.step, generation.branch, first, outcomes, reasons))
         try:
-            result = graph.run(arguments, outcomes, store, sizes)
+            result = (graph.runner or graph).run(arguments, outcomes, store, sizes)
         except BaseException:
             generation.free()
             raise

@@ -15,6 +15,8 @@ from dqar_fx.runtime.program import CapturedGraph, Outcomes
 if TYPE_CHECKING:
     from dqar_fx.runtime.gating import GatedTable  # which imports this module
 
+#: What computes without storing, and what does the same and stores.
+_WITHOUT_STORE = {Outcome.COMPUTE: Outcome.STORE, Outcome.OBSERVE: Outcome.MEASURE}
 _CERTAIN = (Move.START, Move.NEXT, Move.SAME)
 
 
@@ -68,8 +70,8 @@ class SharingTable:
                 self._take_or_compare(step, store, *lending, chosen, why)
         elif generation.has_others(self._first):
             for site, outcome in enumerate(chosen):
-                if outcome is Outcome.COMPUTE and self._may_take[step][site]:
-                    chosen[site] = Outcome.STORE
+                if outcome in _WITHOUT_STORE and self._may_take[step][site]:
+                    chosen[site] = _WITHOUT_STORE[outcome]
                     store.step[site], store.history.reuses[site] = step, 0
         _keep_own(store, chosen)
         return tuple(chosen), tuple(why)

@@ -10,6 +10,7 @@ from torch import fx
 
 from dqar_fx.errors import CacheError
 from dqar_fx.graph.effects import tensors_of
+from dqar_fx.graph.sites import Site
 from dqar_fx.graph.specialise import ExitLayout
 from dqar_fx.runtime.cache import ExitSpec, is_apart
 
@@ -20,10 +21,12 @@ def exit_spec(
     sizes: dict[str, int],
     on_host: bool,
     factors: torch.Tensor | None = None,
+    site: Site | None = None,
 ) -> ExitSpec:
     """What to allocate for an exit that was captured as ``value``, where the sizes of the inputs are ``sizes``.
 
     ``on_host``: in host memory, if the exit is not there anyway. ``factors``: its calibrated balance.
+    ``site``: whose it is.
     """
     on_host = on_host and is_apart(value.device)
     if layout.late_size:
@@ -31,7 +34,7 @@ def exit_spec(
     shape = tuple(_resolve(s, sizes) for s in value.shape)
     stride = tuple(_resolve(s, sizes) for s in value.stride())
     stride = stride if _is_dense(shape, stride) else _contiguous(shape)
-    return ExitSpec(shape, stride, value.device, layout, on_host, factors)
+    return ExitSpec(shape, stride, value.device, layout, on_host, factors, site is not None and site.lossless)
 
 
 def symbols_of(nodes: Iterable[fx.Node]) -> set[str]:
