@@ -109,7 +109,7 @@ def dqar_fx(
         raise RuntimeStateError(f'unknown options for backend "dqar_fx": {unknown}. Known: {", ".join(_OPTIONS)}.')
     runtime = _runtimes.get(id(options))
     if runtime is None:
-        runtime = make_runtime(**{"cache": CacheConfig(), "cuda_graphs": "auto", **options})
+        runtime = make_runtime(**{"cache": CacheConfig(), **options})
         runtime.origin = options
         _runtimes[id(options)] = runtime
     return CaptureBackend(runtime, delimited=False)(gm, example_inputs)

@@ -42,7 +42,7 @@ def optimize(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
     fullgraph: bool = False,
-    cuda_graphs: bool | str = "auto",
+    cuda_graphs: bool | str = False,
 ) -> Module:
     """Make a diffusion transformer reuse its attentions across denoising steps, inside compiled graphs.
 
@@ -63,8 +63,9 @@ def optimize(
             mean to ``torch.compile``.
         cuda_graphs: record steps that repeat, on a CUDA device, and launch each at once (see
             ``dqar_fx.runtime.cuda_graphs``). ``"auto"``: where that is possible; the report says where not. True:
-            refuse where there is no CUDA device, and warn where a graph cannot be recorded. False: never. Recordings
-            keep the memory of a step, and that of the stored values, between generations; ``runtime.reset`` frees it.
+            refuse where there is no CUDA device, and warn where a graph cannot be recorded. False, as long as nobody
+            has run them on a GPU: never. Recordings keep the memory of a step, and that of the stored values, between
+            generations; ``runtime.reset`` frees it.
 
     Returns:
         The same module, compiled in place; ``restore`` undoes it.

@@ -615,7 +615,8 @@ def test_beside_cuda_graphs_of_the_pieces_own(compiled: dict[str, Any], monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeStateError, match="cuda_graphs=True, but the pieces are compiled into CUDA graphs of"):
         dqar_fx.optimize(Model().eval(), SCHEDULE, cuda_graphs=True, **compiled)
-    model = dqar_fx.optimize(Model().eval(), SCHEDULE, **compiled)
+    assert dqar_fx.runtime(dqar_fx.optimize(Model().eval(), SCHEDULE, **compiled)).stats.cuda_graphs is None  # off
+    model = dqar_fx.optimize(Model().eval(), SCHEDULE, cuda_graphs="auto", **compiled)
     assert counts(dqar_fx.runtime(model)).reasons == (
         "the pieces are compiled into CUDA graphs of their own (mode, or options)",
     )
