@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
+    from matplotlib.ticker import NullFormatter
 
     models: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -59,8 +61,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 color=[colour(mine[place]) for place, _ in shown],
             )  # fmt: skip
             errors.set_xscale("log")
-        errors.grid(axis="x", linewidth=0.4, alpha=0.6)
-        errors.set_xlabel("relative error to the same without a cache (none: equal)", fontsize=8)
+            decades = [math.log10(error) for _, error in shown]
+            errors.set_xlim(10 ** math.floor(min(decades)), 10 ** (math.floor(max(decades)) + 1))
+            errors.xaxis.set_minor_formatter(NullFormatter())
+        errors.grid(linewidth=0.4, alpha=0.6)
+        errors.set_xlabel("relative error to the same without a cache (no dot: equal)", fontsize=8)
         for axis in (times, errors):
             axis.tick_params(axis="x", labelsize=8)
             axis.tick_params(axis="y", length=0)
