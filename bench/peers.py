@@ -19,8 +19,8 @@ generation as it ran; ``of_bound``: their quotient. ``host_ms``: time until a ca
 waiting for reads of the device included; on a CPU only of the model ``host``, whose kernels take next to no time: its
 step. ``captures``, ``breaks``, ``recompiles``: Dynamo's, of the whole process. ``cache_mib``: held at most;
 ``peak_mib``: allocated at most in a generation, above what was before. ``rel_error`` and ``psnr_db`` (whose peak is the
-reference's range): against ``reference``, the same without the cache, compiled alike; ``psnr_db`` is empty where both
-are equal. Weights are random: ``contest/models.py`` says what that means.
+reference's range): against ``reference``, the same without the cache, compiled alike if that takes part; ``psnr_db`` is
+empty where both are equal. Weights are random: ``contest/models.py`` says what that means.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def cell(row: dict[str, Any], column: str) -> Any:
         return 100 * row["reuse"] if row.get("reuse") is not None else None
     if column == "to_pab" and row.get("bitwise_pab"):
         return "equal, bit for bit"
-    if column == "rel_error" and row.get("rel_error") == 0:
-        return "0"
+    if column in ("rel_error", "to_pab") and row.get(column) is not None:
+        return f"{row[column]:.1e}" if row[column] else "0"
     return row.get(column)
 
 

@@ -106,7 +106,7 @@ class Child:
         found = self.counts()
         found["peak_mib"] = common.peak_mib(self.contender.draw, self.device)
         found["host_ms"] = self.host_milliseconds()
-        return {**found, **self.examined(), "note": self.contender.note}
+        return {**found, **self.examined(), "note": "; ".join(self.contender.notes)}
 
     def counts(self) -> dict[str, int]:
         """What Dynamo did since the start."""

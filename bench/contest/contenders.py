@@ -53,7 +53,7 @@ class Contender:
     def __init__(self, sampler: Sampler, schedule: dqar_fx.Schedule, way: str) -> None:
         self.sampler, self.schedule, self.way = sampler, schedule, way
         self.model = sampler.model
-        self.note = ""
+        self.notes: list[str] = []
         reuse = schedule.plan(1, sampler.steps).reuse[:, 0]
         #: Steps that compute before the first one that reuses, and the interval behind them.
         self.warm = int(reuse.argmax()) if reuse.any() else sampler.steps
@@ -78,7 +78,7 @@ class Contender:
         """diffusers' own regional compilation; for classes that name no repeated blocks they are named here."""
         if not getattr(self.model, "_repeated_blocks", None):
             self.model._repeated_blocks = self.sampler.block_classes
-            self.note = f"blocks named by the benchmark: {', '.join(self.sampler.block_classes)}"
+            self.notes.append(f"repeated blocks named by the benchmark: {', '.join(self.sampler.block_classes)}")
         self.model.compile_repeated_blocks(**settings)
 
     def compile_under(self) -> None:
@@ -217,7 +217,7 @@ class PyramidAttentionBroadcast(Hooked):
         self.offset = -(self.warm - 1) % self.every
         if self.way == "under":
             self.take_out_of_graphs()
-        self.note = "counters started so that it refreshes by the plan"
+        self.notes.append("counters started so that it refreshes by the plan")
 
     def compile_under(self) -> None:
         """Each attention, and what is around it in its block, a graph; done once the hooks are on."""
@@ -239,6 +239,8 @@ class PyramidAttentionBroadcast(Hooked):
 
 class FasterCache(Hooked):
     """FasterCache: extrapolated attention outputs, and at most steps no unconditional branch."""
+
+    ways = ("blocks", "whole")
 
     def apply(self) -> None:
         """Attentions every ``every`` steps; the unconditional branch every fifth, its default."""
@@ -270,7 +272,7 @@ class FirstBlockCache(Hooked):
         plan = self.schedule.plan(1, self.sampler.steps).reuse_ratio
         threshold = threshold_for(plan, self._first_residuals())
         apply_first_block_cache(self.model, FirstBlockCacheConfig(threshold=threshold))
-        self.note = f"threshold {threshold:.3g}, to reuse as many steps as the plan"
+        self.notes.append(f"threshold {threshold:.3g}, to reuse about as many steps as the plan")
 
     def _first_residuals(self) -> list[Tensor]:
         """What the first block adds at each step of an eager run."""
@@ -302,7 +304,7 @@ class TaylorSeer(Hooked):
             taylor_factors_dtype=self.sampler.dtype, cache_identifiers=[ATTENTIONS],
         )  # fmt: skip
         apply_taylorseer_cache(self.model, config)
-        self.note = "refreshes as often as the plan, a step or two beside it"
+        self.notes.append("refreshes as often as the plan, a step or two beside it")
 
 
 class MagCache(Hooked):
@@ -332,7 +334,7 @@ class MagCache(Hooked):
             retention_ratio=self.warm / steps, mag_ratios=ratios,
         )  # fmt: skip
         apply_mag_cache(self.model, config)
-        self.note = "no threshold, so that it reuses as many steps as the plan"
+        self.notes.append("no threshold, so that it reuses as many steps as the plan")
 
     def _registries(self) -> list[tuple[nn.Module, Any]]:
         return [(m, m._diffusers_hook) for m in self.model.modules() if hasattr(m, "_diffusers_hook")]
@@ -354,7 +356,7 @@ class DBCache(Contender):
             cache_dit.set_compile_configs()
             self.fullgraph = self.way == "blocks"  # its logic is between the blocks, in Python
         cache_dit.enable_cache(self.model, **self._settings())
-        self.note = "no threshold, so that it reuses as many steps as the plan"
+        self.notes.append("no threshold, so that it reuses as many steps as the plan")
 
     def _settings(self) -> dict[str, Any]:
         config = self.cache_dit.DBCacheConfig(
@@ -493,12 +495,14 @@ def split(name: str) -> tuple[type[Contender], str]:
     return CONTENDERS[kind], way
 
 
-def reference(name: str) -> str:
-    """The contender that is the same without its cache: what ``name``'s error is measured against."""
+def references(name: str) -> tuple[str, ...]:
+    """What ``name``'s error is measured against: the same without its cache, or else the next that took part."""
     kind, way = split(name)
     if issubclass(kind, Dqar):
-        return "dqar-none@own" if way else "none"
-    return {"": "none", "whole": BASELINE, "blocks": REGIONAL, "under": REGIONAL}[way]
+        own = "dqar-none@own" if way else "none"
+    else:
+        own = {"": "none", "whole": BASELINE, "blocks": REGIONAL, "under": REGIONAL}[way]
+    return own, *(other for other in (BASELINE, "none") if other != own)
 
 
 def threshold_for(ratio: float, residuals: list[Tensor]) -> float:

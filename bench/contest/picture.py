@@ -45,8 +45,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         times.barh(places, relative, color=[colour(row) for row in mine], height=0.72)
         times.axvline(1, color="black", linewidth=0.8)
         for place, row, length in zip(places, mine, relative, strict=True):
-            times.text(length, place, f" {length:.2f}", va="center", fontsize=8)
             bound = 1 / row["bound"]
+            paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.2}
+            beside = max(length, bound if bound < 1 else 0)  # or the mark of the bound would strike it through
+            times.annotate(
+                f"{length:.2f}", (beside, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
+                bbox=paper,
+            )  # fmt: skip
             if bound < 1:
                 times.plot([bound, bound], [place - 0.36, place + 0.36], color="black", linewidth=1.6)
         times.set_yticks(list(places), [row["case"] for row in mine], fontsize=8)

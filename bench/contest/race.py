@@ -291,10 +291,12 @@ class Race:
         for entry in entries:
             if entry.name not in outputs:
                 continue
-            own, plain = outputs[entry.name], outputs.get(contenders.reference(entry.name))
+            own = outputs[entry.name]
+            plain = next((name for name in contenders.references(entry.name) if name in outputs), None)
             if plain is not None:
-                entry.found["rel_error"] = common.relative_error(own, plain)
-                entry.found["psnr_db"] = psnr(own, plain)
+                entry.found["reference"] = plain
+                entry.found["rel_error"] = common.relative_error(own, outputs[plain])
+                entry.found["psnr_db"] = psnr(own, outputs[plain])
             pab = outputs.get("pab")
             if pab is not None and contenders.split(entry.name)[0].follows_plan:
                 entry.found["to_pab"] = common.relative_error(own, pab)
@@ -336,9 +338,8 @@ def rows(entries: Sequence[Entry], settings: Mapping[str, Any]) -> Iterator[dict
             "speedup_rounds": ratios,
             **{key: found.get(key) for key in (
                 "captures", "breaks", "recompiles", "cache_mib", "peak_mib", "rel_error", "psnr_db", "reuse", "bound",
-                "to_pab", "bitwise_pab", "note")},
+                "reference", "to_pab", "bitwise_pab", "note")},
             "host_ms": common.median(per_step) if found.get("host_bound") else found["host_ms"],
             "of_bound": speedup / found["bound"] if speedup is not None else None,
-            "reference": contenders.reference(entry.name),
         }  # fmt: skip
         yield row
