@@ -4,9 +4,9 @@
 #     bench/gpu.sh                # on the first GPU
 #     bench/gpu.sh cpu-small      # the same commands with tiny models on the CPU, to see that they run
 #
-# PYTHON picks the interpreter; it needs `pip install '.[bench]'` (torch, diffusers, cache-dit), nothing from the network
-# once that is done. LIMIT is the time in seconds (570; cpu-small: 1800). What there is no time for is a row that says so; what fails does not
-# keep the rest from running, and makes the exit status 1.
+# PYTHON picks the interpreter; it needs `pip install '.[bench]'` (torch, diffusers, cache-dit), and nothing from the
+# network once that is done. LIMIT is the time in seconds (570; cpu-small: 1800). What there is no time for is a row that
+# says so; what fails does not keep the rest from running, and makes the exit status 1.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

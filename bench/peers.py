@@ -78,14 +78,14 @@ def agreement(rows: list[dict[str, Any]]) -> str:
             continue
         how = "bit for bit" if row["bitwise_pab"] else f"to {row['to_pab']:.1e}"
         said.append(f"{row['case']} agrees with pab {how}")
-    return "Equal plans: " + ("; ".join(said) + "." if said else "not compared (pab and dqar-native take part in it).")
+    return "Equal plans: " + ("; ".join(said) + "." if said else "not compared, which takes pab and dqar-native.")
 
 
 def starts(rows: list[dict[str, Any]]) -> str:
     """Cold starts beside that of regional compilation, in one sentence for each of ours."""
     regional = next((row.get("cold_s") for row in rows if row["case"] == contenders.REGIONAL), None)
     if not regional:
-        return f"Cold starts: not compared ({contenders.REGIONAL} takes part in it)."
+        return f"Cold starts: not compared, which takes {contenders.REGIONAL}."
     said = []
     for row in rows:
         if row["cache"].startswith("dqar") and row.get("cold_s") is not None:

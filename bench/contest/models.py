@@ -171,8 +171,12 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for path, module in model.named_modules():
         for table in (module._parameters, module._buffers):
             for name, value in table.items():
-                if value is not None and value.is_floating_point() and kept.isdisjoint([*path.split("."), name]):
+                if value is None or not value.is_floating_point() or kept.intersection([*path.split("."), name]):
+                    continue
+                if isinstance(value, nn.Parameter):
                     value.data = value.data.to(dtype)
+                else:  # it may be a view of what has the old dtype, which Dynamo would stumble over
+                    table[name] = value.to(dtype)
     return model
 
 

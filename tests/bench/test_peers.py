@@ -98,6 +98,12 @@ def test_pab_follows_the_plan_and_gives_the_same_sample(case: str, every: int, w
     assert torch.equal(sample, own_sample)
 
 
+def test_a_cast_model_is_one_that_dynamo_can_capture() -> None:  # a buffer that is a view kept the dtype of its base
+    sampler = models.Sampler(models.find("pixart-4096", small=True), 2, CPU, torch.bfloat16)
+    sampler.model.compile(backend="eager", fullgraph=True)
+    assert sampler.draw(sampler.model).isfinite().all()
+
+
 def test_firstblocks_threshold_gives_the_share_asked_for() -> None:
     residuals = [torch.full((4,), 1.1**step) for step in range(40)]  # each a tenth more than the one before
     threshold = contenders.threshold_for(0.5, residuals)
