@@ -72,7 +72,6 @@ class Region:
     that something outside reads and that follow from the sizes of the exits, with the numbers they are made of.
     ``roles`` say of each exit whether it is the attention's ``"key"``, its ``"value"`` or ``"both"``: then only what
     the attention reads is routed (see ``keys_values``). Empty where the exits are what leaves the attention.
-    ``inputs`` are the conditioning inputs of the graph that a lossless site's value follows from.
     ``key`` tells the site from all others of the graph: its path, with a number where several share one.
     """
 
@@ -83,7 +82,6 @@ class Region:
     batch: object = None
     sizes: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
     key: str = ""
 
 
