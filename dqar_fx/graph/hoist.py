@@ -166,36 +166,37 @@ class _Choice:
         """The values to keep, in graph order: from the end backwards, what is not kept is read by the rest."""
         rest = set(self._nodes) - self._stays
         rest.update(node for nodes in self._writers.values() for node in nodes)
-        ends = {n for n in self._stays if self._can_keep(n) and not rest.isdisjoint(n.users)}
         kept = []
         for node in reversed(self._nodes):
             readers = [user for user in node.users if user in rest]
             if node in rest or node.op == "placeholder" or not readers:
                 continue
-            if self._can_keep(node) and self._pays(node, ends, {self._blocks.get(u.name, "") for u in readers}):
+            if self._can_keep(node) and self._pays(node, rest, {self._blocks.get(u.name, "") for u in readers}):
                 kept.append(node)
             else:
                 rest.add(node)
         return kept[::-1]
 
-    def needed(self, values: Iterable[fx.Node], ends: Collection[fx.Node] = ()) -> set[fx.Node]:
-        """All that ``values`` follow from, through memory too, inputs included; only up to ``ends``, if there are."""
+    def needed(self, values: Iterable[fx.Node], rest: Collection[fx.Node] = ()) -> set[fx.Node]:
+        """All that ``values`` follow from, through memory too, inputs included; not what ``rest`` reads itself."""
         found: set[fx.Node] = set()
         pending = list(values)
         while pending:
             node = pending.pop()
             if node not in found:
                 found.add(node)
-                before = [*node.all_input_nodes, *(w for s in self._memory[node] for w in self._writers.get(s, ()))]
-                pending.extend(n for n in before if n not in ends)
+                pending.extend(n for n in self._before(node) if n.op == "placeholder" or not _is_read(n, rest))
         return found
+
+    def _before(self, node: fx.Node) -> list[fx.Node]:
+        return [*node.all_input_nodes, *(w for s in self._memory[node] for w in self._writers.get(s, ()))]
 
     def _can_keep(self, node: fx.Node) -> bool:
         value, memory = node.meta.get("example_value"), self._memory[node]
         return isinstance(value, torch.Tensor) and bool(memory) and self._foreign.isdisjoint(memory)
 
-    def _pays(self, value: fx.Node, ends: set[fx.Node], readers: set[str]) -> bool:
-        """True if ``value`` is worth its memory. The rule, of the work behind it that nothing else keeps:
+    def _pays(self, value: fx.Node, rest: set[fx.Node], readers: set[str]) -> bool:
+        """True if ``value`` is worth its memory. The rule, of the work behind it that only it stands for:
 
         * with a matrix product, a convolution or an attention it is, unless it was only blown up from less (keys
           repeated for each head; then what it was made of is), or is more than ``GROWTH`` times as large as all
@@ -209,13 +210,15 @@ class _Choice:
         """
         if self._looks_at_shared(value):
             return False
-        cone = self.needed([value], ends)
+        cone = self.needed([value], rest)
         size = self._bytes(value)
         if any(map(works, cone)):
             made = self._made_by(value)
             if not works(made) and size > sum(map(self._bytes, made.all_input_nodes)):
                 return False
-            sources = [n for n in cone if n.op == "placeholder"] + [n for n in ends if not cone.isdisjoint(n.users)]
+            sources = {
+                n for node in cone for n in (node, *self._before(node)) if n.op == "placeholder" or n not in cone
+            }
             if size > GROWTH * sum(map(self._bytes, sources)):
                 return False
         elif size > self._largest:
@@ -258,6 +261,10 @@ class _Choice:
     def _bytes(self, node: fx.Node) -> int:
         tensors = tensors_of(node.meta.get("example_value"))
         return max((number(t.untyped_storage().nbytes()) for t in tensors if t.layout is torch.strided), default=0)
+
+
+def _is_read(node: fx.Node, rest: Collection[fx.Node]) -> bool:
+    return any(user in rest for user in node.users)
 
 
 def number(value: int | torch.SymInt) -> int:
