@@ -49,8 +49,8 @@ class Site:
         shapes: their shapes, as captured (a dimension may be symbolic).
         heads: number of heads of the (first) attention, or None where it cannot be read off.
         reason: why the site is left computing; "" when it is rewritten.
-        lossless: its value follows from parameters and from what a generation is conditioned on alone, so it is stored
-            exactly and read at every step after the first (``CacheConfig.lossless``).
+        lossless: its value follows from parameters and from what a generation is conditioned on alone, so it is
+            computed once, and reused at every step after the first (``CacheConfig.lossless``).
     """
 
     index: int
