@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dqar_fx.graph.attentions import is_attention, is_product
 from dqar_fx.graph.capture import fork, is_parameter
@@ -193,7 +194,8 @@ class _Choice:
 
     def _can_keep(self, node: fx.Node) -> bool:
         value, memory = node.meta.get("example_value"), self._memory[node]
-        return isinstance(value, torch.Tensor) and bool(memory) and self._foreign.isdisjoint(memory)
+        plain = isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value)
+        return plain and bool(memory) and self._foreign.isdisjoint(memory)
 
     def _pays(self, value: fx.Node, rest: set[fx.Node], readers: set[str]) -> bool:
         """True if ``value`` is worth its memory. The rule, of the work behind it that only it stands for:
