@@ -47,10 +47,11 @@ class CacheConfig:
         device: ``None``: beside the model. ``"cpu"``: in host memory (pinned where the model runs on CUDA), for video
             models whose cache does not fit on the device: values are copied out and back asynchronously, one piece of
             the model ahead.
-        lossless: read at every step after the first, whatever the schedule says, what is exact: values that follow from
-            parameters and from what the generation is conditioned on alone, such as the keys and values of a
-            cross-attention on the prompt (``Site.lossless``). Stored in the model's own dtype; computed again when one
-            of those inputs is other memory or was written into. A schedule that reuses nothing leaves these alone too.
+        lossless: compute once, whatever the schedule says, what is exact at every step: values that follow from
+            parameters and from what the generation is conditioned on alone, such as projections of the prompt, the
+            keys and values of a cross-attention on it, tables of rotary embeddings (``graph.hoist``). Kept in the
+            model's own dtype beside the model; computed again when one of those inputs is other memory or was written
+            into. A schedule that reuses nothing leaves these alone too.
         keep_buffers: keep the stored values' memory from one generation for the next, at the same addresses, instead
             of freeing it when a generation ends.
 

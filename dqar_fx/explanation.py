@@ -32,6 +32,7 @@ from dqar_fx.graph.flops import Work, speedup_bound
 from dqar_fx.graph.inspect import Capture, capture_graphs, describe
 from dqar_fx.graph.keys_values import find_stored
 from dqar_fx.graph.lossless import mark_lossless
+from dqar_fx.graph.savings import NOTHING, savings
 from dqar_fx.graph.sites import Region
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.identity import timestep_argument
@@ -75,6 +76,8 @@ def explain(
     left: list[dict[str, str]] = []
     regions: list[list[Region]] = []
     paths: list[str] = []
+    whole = len(capture.graphs) == 1 and not capture.breaks
+    constant = partial(constant_inputs, latents=_latents(model)) if cache.lossless and whole else None
     operators = written_out = 0  # attentions that are one operator, and those that are found in graphs only
     for gm in capture.graphs:
         own: list[Region] = []
@@ -91,8 +94,8 @@ def explain(
             else:
                 index = sum(map(len, regions)) + len(own)
                 own.append(replace(region, site=replace(site, index=index)))
-        if cache.lossless and len(capture.graphs) == 1 and not capture.breaks:
-            own = mark_lossless(gm, own, partial(constant_inputs, latents=_latents(model)))
+        if constant is not None:
+            own = mark_lossless(gm, own, constant)
         regions.append(own)
     if not paths:
         raise CaptureError(
@@ -103,13 +106,15 @@ def explain(
         )
     if patterns and all(entry["reason"] == "not selected by --sites" for entry in left) and not any(regions):
         raise CaptureError(f"--sites {' '.join(patterns)} matches none of the sites. Their paths: {', '.join(paths)}.")
-    work = Work(capture.graphs, regions, cache)
-    sites = [region.site for own in regions for region in own]
+    work = Work(capture.graphs, regions, cache, constant)
+    sites = [region.site for graph in work.graphs for region in graph.regions]
     plan = schedule.plan(len(sites)) if sites else None
     reuse = plan.reuse.copy() if plan else np.zeros((1, 0), bool)
     if reuse.any():  # a schedule that reuses nothing computes what is exact as well
         reuse[1:, [site.lossless for site in sites]] = True
-    saved = [work.total - work.of(row.tolist()) for row in reuse]
+    hoists = bool(reuse.any())
+    saved = [work.total - work.of(row.tolist(), hoisted=hoists and step > 0) for step, row in enumerate(reuse)]
+    hoisted = next((savings(g.hoisted) for g in work.graphs if hoists and g.hoisted is not None), NOTHING)
     planned = reuse.mean(axis=0).tolist() if plan else []
     everything = work.saved_together()
     rows = [
@@ -149,6 +154,13 @@ def explain(
         "flop_share": everything / work.total if work.total else 0.0,
         "cache_bytes": sum(row["cache_bytes"] for row in rows),
         "native_bytes": sum(row["native_bytes"] for row in rows),
+        "hoisted": {
+            "values": hoisted.values,
+            "bytes": hoisted.bytes,
+            "flop_share": hoisted.flop_share,
+            "weight_bytes": hoisted.weight_bytes,
+            "weight_share": hoisted.weight_share,
+        },
         "bound": speedup_bound(work.total, saved),
         "limit": speedup_bound(work.total, [everything]),
         "left_computing": left,

@@ -12,6 +12,8 @@ READS = {
     torch.ops.aten.is_nonzero.default,
     torch.ops.aten.nonzero.default,
 }
+#: What FLOP are counted of, beside attentions.
+PRODUCTS = {"addmm", "mm", "bmm", "baddbmm", "linear", "convolution", "matmul"}
 
 
 class CountsReads(TorchDispatchMode):
@@ -28,4 +30,21 @@ class CountsReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         # float64: numpy's numbers (Cosmos takes a square root by numpy), which Dynamo traces as tensors of the host.
         self.reads += func in READS and args[0].dtype is not torch.float64
+        return func(*args, **(kwargs or {}))
+
+
+class CountsProducts(TorchDispatchMode):
+    """Counts the matrix products, convolutions and attentions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.name().partition("::")[2].partition(".")[0]
+        self.products += name in PRODUCTS or "scaled_dot_product" in name
         return func(*args, **(kwargs or {}))

@@ -132,6 +132,7 @@ def render(found: Mapping[str, Any]) -> str:
             [f"share of FLOP, {found['stored']} of all sites", f"{found['flop_share']:.2%}"],
             ["planned reuse", f"{found['planned_reuse_ratio']:.1%} over {found['num_steps']} steps"],
             ["cache", f"{found['cache_bytes'] / MIB:.2f} MiB per branch, {native:.2f} MiB in {found['dtype']}"],
+            *_hoisted_row(found["hoisted"]),
             ["speed-up, this schedule", f"at most {found['bound']:.3f}x"],
             ["speed-up, 100 % reuse", f"at most {found['limit']:.3f}x"],
         ]
@@ -144,6 +145,13 @@ def render(found: Mapping[str, Any]) -> str:
     if "balance" in found:
         lines += ["", *_render_balance(found["balance"])]
     return "\n".join(lines)
+
+
+def _hoisted_row(hoisted: Mapping[str, Any]) -> list[list[str]]:
+    if not hoisted["values"]:
+        return []
+    saved = f"{hoisted['flop_share']:.2%} of FLOP and {hoisted['weight_share']:.1%} of the weights at each later step"
+    return [["computed once", f"{hoisted['values']} values, {hoisted['bytes'] / MIB:.2f} MiB per branch: {saved}"]]
 
 
 def _render_balance(found: Mapping[str, Any]) -> list[str]:

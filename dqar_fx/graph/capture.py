@@ -23,6 +23,8 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         mapping[node].meta = copy.copy(node.meta)  # shallow: fake tensors must keep their (shared) storages
+        if hasattr(node, "_dynamo_source"):  # all that tells where an input is from, once Dynamo is done
+            mapping[node]._dynamo_source = node._dynamo_source
     return fx.GraphModule(gm, graph)
 
 

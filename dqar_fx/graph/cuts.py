@@ -6,7 +6,7 @@ import itertools
 
 from torch import fx
 
-from dqar_fx.graph.effects import changes_mode, mode_spans, must_keep, storages, target_name, written
+from dqar_fx.graph.effects import changes_mode, inside_modes, must_keep, storages, target_name, written
 from dqar_fx.graph.guard import reuse_or_compute
 
 #: Cheap operations that a compiler fuses into whatever reads them.
@@ -33,7 +33,7 @@ def sink(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, list[fx.Node]
     sunk = [(label, list(run)) for label, run in runs]
     for (_, run), (_, following) in itertools.pairwise(sunk):
         allowed = set(following)
-        modes = _inside_modes(run)
+        modes = inside_modes(run)
         moved: list[fx.Node] = []
         for node in reversed(run):
             if node.users and all(u in allowed for u in node.users) and node not in modes and _may_move(node, touched):
@@ -43,15 +43,6 @@ def sink(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, list[fx.Node]
         run[:] = [n for n in run if n not in gone]
         following[:0] = reversed(moved)
     return [(label, run) for label, run in sunk if run]
-
-
-def _inside_modes(run: list[fx.Node]) -> set[fx.Node]:
-    """The nodes of a run between a change of mode and its end, where the same operator may compute something else."""
-    position = {node: i for i, node in enumerate(run)}
-    inside: set[fx.Node] = set()
-    for start, end in mode_spans(run):
-        inside.update(run[position[start] : position[end] if end is not None else None])
-    return inside
 
 
 def _may_move(node: fx.Node, touched: frozenset[int]) -> bool:

@@ -10,7 +10,7 @@ its base share one fake storage.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import fx
@@ -183,6 +183,15 @@ def mode_spans(nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, fx.Node | None]]
         if start is not None:
             spans.append((start, None))
     return spans
+
+
+def inside_modes(run: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes of a run between a change of mode and its end, where the same operator may compute something else."""
+    position = {node: i for i, node in enumerate(run)}
+    inside: set[fx.Node] = set()
+    for start, end in mode_spans(run):
+        inside.update(run[position[start] : position[end] if end is not None else None])
+    return inside
 
 
 def _setting(node: fx.Node) -> object:

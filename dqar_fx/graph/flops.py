@@ -20,12 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.effects import asserts, changes_mode, finds_size, has_late_size
+from dqar_fx.graph.lossless import Constant
 from dqar_fx.graph.lower import Lowerer
 from dqar_fx.graph.owners import is_size
 from dqar_fx.graph.sites import Region
 from dqar_fx.graph.specialise import Outcome, Variant
 from dqar_fx.runtime.cache import ExitSpec
-from dqar_fx.runtime.program import CapturedGraph
+from dqar_fx.runtime.program import CapturedGraph, Kind
 
 _MARK = "dqar_flops"
 
@@ -76,6 +77,7 @@ class Work:
         graphs: the graphs of one call, in order.
         regions: for each graph, the sites to rewrite.
         cache: how values are stored; storing and reading cost no FLOP in this count.
+        constant: picks the inputs that stay the same during a generation; None to hoist nothing.
 
     Attributes:
         total: FLOP of a call that reuses nothing.
@@ -83,7 +85,11 @@ class Work:
     """
 
     def __init__(
-        self, graphs: Sequence[fx.GraphModule], regions: Sequence[Sequence[Region]], cache: CacheConfig | None = None
+        self,
+        graphs: Sequence[fx.GraphModule],
+        regions: Sequence[Sequence[Region]],
+        cache: CacheConfig | None = None,
+        constant: Constant | None = None,
     ) -> None:
         cache = cache or CacheConfig()
         lowerer = Lowerer(_never)
@@ -95,23 +101,27 @@ class Work:
                 marked[id(gm)] = _mark(gm, uncounted)
         self.uncounted = tuple(uncounted)
         self.graphs = tuple(
-            CapturedGraph(marked[id(gm)], own, cache, lowerer, variants)
+            CapturedGraph(marked[id(gm)], own, cache, lowerer, variants, constant=constant)
             for gm, own in zip(graphs, regions, strict=True)
         )
         self.num_sites = sum(graph.num_sites for graph in self.graphs)
-        self._known: dict[tuple[int, tuple[Outcome, ...]], int] = {}
+        self._known: dict[tuple[int, tuple[Outcome, ...], Kind], int] = {}
         self.total = self.of([False] * self.num_sites)
 
-    def of(self, reused: Sequence[bool]) -> int:
-        """FLOP of a call in which the sites marked True are read and the others computed; one entry per site."""
+    def of(self, reused: Sequence[bool], *, hoisted: bool = False) -> int:
+        """FLOP of a call in which the sites marked True are read and the others computed; one entry per site.
+
+        ``hoisted``: the call is given what stays the same during a generation.
+        """
         cost, first = 0, 0
         for index, graph in enumerate(self.graphs):
             mine = reused[first : first + graph.num_sites]
             first += graph.num_sites
             outcomes = tuple(Outcome.REUSE if r else Outcome.COMPUTE for r in mine)
-            known = self._known.get((index, outcomes))
+            kind = Kind.GIVEN if hoisted and graph.hoisted is not None else Kind.PLAIN
+            known = self._known.get((index, outcomes, kind))
             if known is None:
-                known = self._known[index, outcomes] = _program_flops(graph, outcomes)
+                known = self._known[index, outcomes, kind] = _program_flops(graph, outcomes, kind)
             cost += known
         return cost
 
@@ -165,8 +175,8 @@ def _mark(gm: fx.GraphModule, uncounted: list[str]) -> fx.GraphModule:
     return marked
 
 
-def _program_flops(graph: CapturedGraph, outcomes: tuple[Outcome, ...]) -> int:
-    program = graph.build(outcomes)
+def _program_flops(graph: CapturedGraph, outcomes: tuple[Outcome, ...], kind: Kind) -> int:
+    program = graph.build(outcomes, kind)
     return sum(
         flops
         for step in program.steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -108,6 +108,20 @@ def _guard_arguments(graph: fx.Graph, site: int, region: Region, nodes: dict[str
     attend_over(attention, handed_on["key"], handed_on["value"])
     for node in inside_checks({nodes[name] for name in region.inside}):
         node.meta[CHECKS] = (*node.meta.get(CHECKS, ()), site)
+
+
+def unguard(gm: fx.GraphModule, sites: Collection[int]) -> fx.GraphModule:
+    """Take the guards of ``sites`` out again: what they hand on is what they were given. ``gm`` is left as it was."""
+    out = fork(gm)
+    for guard in guard_nodes(out.graph):
+        if guard_number(guard) in sites:
+            for item in list(guard.users):
+                item.replace_all_uses_with(cast(fx.Node, guard.args[1 + cast(int, item.args[1])]))
+                out.graph.erase_node(item)
+            out.graph.erase_node(guard)
+    out.graph.lint()
+    out.recompile()
+    return out
 
 
 def inside_checks(inside: set[fx.Node]) -> set[fx.Node]:

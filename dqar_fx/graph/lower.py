@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -94,6 +95,11 @@ class Lowerer:
         self.uncompiled = 0
         #: Called after each compilation with the number of compiled pieces so far.
         self.on_compile: Callable[[int], None] | None = None
+
+    @property
+    def overwrites_results(self) -> bool:
+        """True if compiled pieces replay CUDA graphs, whose results last until the next replay only."""
+        return bool(getattr(self._backend, "config", {}).get("triton.cudagraphs", inductor_config.triton.cudagraphs))
 
     @property
     def count(self) -> int:

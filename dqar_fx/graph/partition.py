@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import fx
@@ -17,6 +18,7 @@ from dqar_fx.graph.capture import attribute, is_parameter, module_stack
 from dqar_fx.graph.cuts import sink
 from dqar_fx.graph.effects import changes_mode, finds_size, mode_spans, storage_list, storages, written
 from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_nodes, guard_number, reuse_or_compute
+from dqar_fx.graph.hoist import Hoisted
 from dqar_fx.graph.sites import Region
 
 
@@ -32,6 +34,7 @@ class Piece:
         sites: the global site number of each local guard.
         checked: the global numbers of the sites that its assertions need computed (in ``CHECKS`` counted from 0).
         label: the block it stands for, for people.
+        hoisted: it is of the part that stays the same during a generation (see ``hoist``).
     """
 
     gm: fx.GraphModule
@@ -41,9 +44,12 @@ class Piece:
     sites: tuple[int, ...]
     label: str
     checked: tuple[int, ...] = ()
+    hoisted: bool = False
 
 
-def partition(gm: fx.GraphModule, regions: Sequence[Region], *, fuse: bool = False) -> list[Piece]:
+def partition(
+    gm: fx.GraphModule, regions: Sequence[Region], *, fuse: bool = False, hoisted: Hoisted | None = None
+) -> list[Piece]:
     """Split the guarded graph into pieces that run one after the other; ``gm`` is left as it was.
 
     Before::  y = x; for block in blocks: y = block(y, c);  return norm(y)
@@ -53,29 +59,41 @@ def partition(gm: fx.GraphModule, regions: Sequence[Region], *, fuse: bool = Fal
     place stays in one piece with all that share its storage, and so does whatever stands between a change of mode
     (autocast) and its end. A call that finds a size from values is a piece of its own: what follows is compiled for the
     size that was found. With ``fuse`` the elementwise tail of a piece moves into the next one (see ``sink``).
+    What is ``hoisted`` has pieces of its own, before all others.
     """
-    nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
-    labels = _labels(nodes, regions)
-    runs = _runs(nodes, labels)
+    first = hoisted.first if hoisted is not None else frozenset[fx.Node]()
+    everything = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
+    nodes = [n for n in everything if n not in first]
+    labels = block_labels(everything, regions, hoisted.moved if hoisted is not None else {})
+    runs = _runs(nodes, labels, regions)
     runs = _merge(runs, nodes)
     if fuse:
         runs = sink(runs)
+    if first:
+        before = [n for n in everything if n in first]
+        runs = _merge(_blocks(before, labels), before) + runs
     result = next(n for n in gm.graph.nodes if n.op == "output")
     returned = set(result.all_input_nodes)
     pieces = []
     for label, run in runs:
         members = set(run)
         outputs = [n for n in run if n in returned or any(u not in members and u is not result for u in n.users)]
-        pieces.append(_piece(gm, label, run, outputs))
+        pieces.append(_piece(gm, label, run, outputs, hoisted=run[0] in first))
     return pieces
 
 
-def _labels(nodes: list[fx.Node], regions: Sequence[Region]) -> dict[fx.Node, str]:
-    """The block that each node belongs to: the innermost list element that holds a whole attention; "" for none."""
+def block_labels(
+    nodes: Sequence[fx.Node], regions: Sequence[Region], moved: Mapping[str, str] = MappingProxyType({})
+) -> dict[fx.Node, str]:
+    """The block that each node belongs to: the innermost list element that holds a whole attention; "" for none.
+
+    ``moved``: names that nodes of the regions have now.
+    """
     by_name = {n.name: n for n in nodes}
     blocks: set[str] = set()
     for region in regions:
-        stack = [call.path for call in module_stack(by_name[region.attentions[0]])]
+        attention = region.attentions[0]
+        stack = [call.path for call in module_stack(by_name[moved.get(attention, attention)])]
         elements = [path for path in stack if path.rpartition(".")[2].isdecimal()]
         # An element of a list *inside* the attention (`to_out.0`) is no block; one that only is the attention is a
         # block if there is nothing larger.
@@ -97,14 +115,32 @@ def _labels(nodes: list[fx.Node], regions: Sequence[Region]) -> dict[fx.Node, st
     return labels
 
 
-def _runs(nodes: list[fx.Node], labels: dict[fx.Node, str]) -> list[tuple[str, list[fx.Node]]]:
+def _blocks(nodes: list[fx.Node], labels: dict[fx.Node, str]) -> list[tuple[str, list[fx.Node]]]:
+    """Consecutive nodes of one block; what belongs to none joins the block before."""
+    runs: list[tuple[str, list[fx.Node]]] = []
+    for node in nodes:
+        label = labels[node] or (runs[-1][0] if runs else "prologue")
+        if not runs or runs[-1][0] != label:
+            runs.append((label, []))
+        runs[-1][1].append(node)
+    return runs
+
+
+def _runs(
+    nodes: list[fx.Node], labels: dict[fx.Node, str], regions: Sequence[Region]
+) -> list[tuple[str, list[fx.Node]]]:
     """Consecutive nodes of one block. What stands between two blocks joins the first; the end is a run of its own.
 
     Within a block, what finds sizes from values stands apart.
     """
     apart = _finding(nodes)
     runs: list[tuple[str, list[fx.Node]]] = []
-    with_guard = max((i for i, n in enumerate(nodes) if n.target is reuse_or_compute), default=-1)
+    attentions = {region.attentions[0] for region in regions}
+    with_guard = max(
+        (i for i, n in enumerate(nodes) if n.target is reuse_or_compute),
+        # All guards may have gone with what was hoisted; the attentions themselves read a latent.
+        default=max((i for i, n in enumerate(nodes) if n.name in attentions), default=-1),
+    )
     last_block = labels[nodes[with_guard]] if with_guard >= 0 else ""
     finished = finding = False
     for position, node in enumerate(nodes):
@@ -170,7 +206,7 @@ def _can_cross(node: fx.Node) -> bool:
     return isinstance(value, (torch.Tensor, int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _piece(whole: fx.GraphModule, label: str, run: list[fx.Node], outputs: list[fx.Node]) -> Piece:
+def _piece(whole: fx.GraphModule, label: str, run: list[fx.Node], outputs: list[fx.Node], *, hoisted: bool) -> Piece:
     members = set(run)
     inputs: list[fx.Node] = []
     for node in run:
@@ -207,6 +243,7 @@ def _piece(whole: fx.GraphModule, label: str, run: list[fx.Node], outputs: list[
         tuple(sites),
         label,
         tuple(checked),
+        hoisted,
     )
 
 

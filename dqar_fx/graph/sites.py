@@ -49,8 +49,8 @@ class Site:
         shapes: their shapes, as captured (a dimension may be symbolic).
         heads: number of heads of the (first) attention, or None where it cannot be read off.
         reason: why the site is left computing; "" when it is rewritten.
-        lossless: its value follows from parameters and from what a generation is conditioned on alone, so it is stored
-            exactly and read at every step after the first (``CacheConfig.lossless``).
+        lossless: its value follows from parameters and from what a generation is conditioned on alone, so it is
+            computed once, and reused at every step after the first (``CacheConfig.lossless``).
     """
 
     index: int
@@ -72,7 +72,6 @@ class Region:
     that something outside reads and that follow from the sizes of the exits, with the numbers they are made of.
     ``roles`` say of each exit whether it is the attention's ``"key"``, its ``"value"`` or ``"both"``: then only what
     the attention reads is routed (see ``keys_values``). Empty where the exits are what leaves the attention.
-    ``inputs`` are the conditioning inputs of the graph that a lossless site's value follows from.
     ``key`` tells the site from all others of the graph: its path, with a number where several share one.
     """
 
@@ -83,7 +82,6 @@ class Region:
     batch: object = None
     sizes: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
     key: str = ""
 
 

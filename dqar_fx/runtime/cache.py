@@ -93,6 +93,27 @@ class Loan(NamedTuple):
 
 
 @dataclass(slots=True)
+class Kept:
+    """What stays the same during a generation (see ``graph.hoist``), and what it was computed from.
+
+    The values are computed right if ``inputs`` and ``weights`` are: these are held here, so that their memory cannot be
+    taken by others, together with how often each had been written into.
+    """
+
+    inputs: Sequence[torch.Tensor]
+    weights: Sequence[torch.Tensor]
+    versions: tuple[list[int], list[int]]
+    inference: bool  # computed in inference mode
+    values: list[torch.Tensor] | None = None  # None until they are computed
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the values; views of one memory count once."""
+        storages = [value.untyped_storage() for value in self.values or ()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@dataclass(slots=True)
 class Store:
     """The stored values of one captured graph, at given sizes, for one branch of one generation.
 
@@ -103,8 +124,10 @@ class Store:
     specs: Sequence[Sequence[ExitSpec]]  # [site][exit]
     buffers: list[_Buffers | None] = field(init=False)
     step: list[int] = field(init=False)  # [site]: the step whose value is stored, EMPTY if none
-    #: The arguments, and how often each had been written into, that the values of lossless sites were computed from.
-    inputs: tuple[list[torch.Tensor], list[int]] | None = field(default=None, init=False)
+    kept: Kept | None = field(default=None, init=False)  # what was computed once, for good
+    _kept_bytes: int = field(default=0, init=False)  # how much that was when the run ended
+    #: Whether lossless sites were last hoisted: what ``step`` says of them is then not so.
+    hoisted: bool = field(default=False, init=False)
     on_host: bool = field(init=False)  # the values live in host memory, and the model elsewhere
     history: History = field(init=False)  # what the gates remember
     _released: list[int] = field(init=False)  # [site]: bytes that were held when the run ended
@@ -201,12 +224,13 @@ class Store:
         self.epoch += 1
         self.step = [EMPTY] * len(self.specs)
         self.history.clear()
-        self.inputs = None
+        self.kept = None
 
     def release(self) -> None:
         """The run is over: free the buffers; how much they took is still known."""
         self.give_all_back()
         self._released = [self.site_bytes(site) for site in range(len(self.specs))]
+        self._kept_bytes = self.kept_bytes
         self.buffers = [None] * len(self.specs)
         for turns in (self._memory, self._holder, self._place):
             turns.clear()
@@ -215,7 +239,7 @@ class Store:
     @property
     def is_empty(self) -> bool:
         """True if no site has a value, though buffers may be allocated."""
-        return self.inputs is None and all(step == EMPTY for step in self.step)
+        return all(step == EMPTY for step in self.step)
 
     def site_bytes(self, site: int) -> int:
         """Bytes of one site's stored value; after ``release``, what they were."""
@@ -223,10 +247,16 @@ class Store:
         return _bytes(own or []) or self._released[site]
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of what was computed once; after ``release``, what they were."""
+        return self._kept_bytes if self.kept is None else self.kept.bytes
+
+    @property
     def bytes(self) -> int:
         """Bytes of all stored values; after ``release``, what they were."""
         idle = [memory for place, memory in self._memory.items() if place not in self._holder]
-        return sum(self.site_bytes(site) for site in range(len(self.specs))) + sum(map(_bytes, idle))
+        sites = sum(self.site_bytes(site) for site in range(len(self.specs)))
+        return self.kept_bytes + sites + sum(map(_bytes, idle))
 
 
 class AddressUsers(Protocol):

@@ -12,6 +12,7 @@ it hands over the same memory, other memory is another run, whatever it holds (t
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _CONSTANT = ("encoder", "prompt", "pooled", "text")
 _SMALL = 64
 #: Cosine of two latents above which they may be of one run.
 _ALIKE = 0.5
+_version = operator.attrgetter("_version")
 QUOTED = re.compile(r"\['([^']*)'\]")
 
 
@@ -53,6 +55,23 @@ def tensors_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
 def version(tensor: torch.Tensor) -> int:
     """How often ``tensor`` has been written into; inference tensors do not count it."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def versions_of(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """``version`` of each of many tensors, without a call for each where none is an inference tensor."""
+    try:
+        return list(map(_version, tensors))
+    except RuntimeError:
+        return [version(t) for t in tensors]
+
+
+def identical(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """True if both hold the same objects (or, for one-element tensors, equal ones of the same version)."""
+    try:
+        # Comparing sequences tries identity first, in C: ten times faster than a loop, for hundreds of parameters.
+        return bool(some == others)
+    except (RuntimeError, TypeError, ValueError):  # ... and where it fails, `==` of two tensors is no truth value
+        return False
 
 
 @dataclass(slots=True)

@@ -5,9 +5,10 @@ its kernels at the addresses that they had, which is right as long as these are 
 
 * what a call is given (latents, timestep, prompt) is copied into static memory before; prompts and the like only where
   they are other tensors, or were written into;
-* parameters and stored values are used where they are: their addresses are part of what tells one recording from
-  another, and are read at every call. Weights that change in place are those that the kernels read; other memory, be
-  it new weights, another generation's store or what an eviction has freed, is another recording;
+* parameters, stored values and what is computed once a generation are used where they are: their addresses are part of
+  what tells one recording from another, and are read at every call. Weights that change in place are those that the
+  kernels read; other memory, be it new weights, another generation's store or what an eviction has freed, is another
+  recording;
 * intermediate values live in a pool that all recordings of a model share, and nobody else. That is sound because no
   value in it is needed once its recording has run: what a step returns is copied out behind it, on the same stream,
   under one lock; a call from another stream first waits for the one before.
@@ -35,7 +36,7 @@ from dqar_fx.graph.capture import is_parameter
 from dqar_fx.graph.effects import storages, written
 from dqar_fx.graph.recordable import why_not_recordable
 from dqar_fx.graph.specialise import MEASURING
-from dqar_fx.runtime.cache import Store
+from dqar_fx.runtime.cache import Kept, Store
 from dqar_fx.runtime.lossless import constant_inputs
 from dqar_fx.runtime.program import CapturedGraph, Outcomes, Program
 
@@ -373,23 +374,29 @@ class GraphRunner:
         self._inputs: weakref.WeakValueDictionary[tuple[object, ...], StaticInputs] = weakref.WeakValueDictionary()
 
     def run(
-        self, arguments: Sequence[Any], outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...]
+        self,
+        arguments: Sequence[Any],
+        outcomes: Outcomes,
+        store: Store | None,
+        sizes: tuple[object, ...],
+        kept: Kept | None = None,
     ) -> list[Any]:
         """As ``CapturedGraph.run``, which it leads to where nothing is recorded."""
         owner, results = self._owner, None
-        if owner.is_refused(self):
-            return self._graph.run(arguments, outcomes, store, sizes)
+        # What is computed to be kept must not be in the recordings' memory.
+        if owner.is_refused(self) or (kept is not None and kept.values is None):
+            return self._graph.run(arguments, outcomes, store, sizes, kept)
         try:
             with owner.lock:
-                results = self._run_static(arguments, outcomes, store, sizes)
+                results = self._run_static(arguments, outcomes, store, sizes, kept)
             if results is not None:
                 return results
-            return self._graph.run(arguments, outcomes, store, sizes)
+            return self._graph.run(arguments, outcomes, store, sizes, kept)
         except torch.OutOfMemoryError:
             if not owner.counts.held or not self._is_repeatable(outcomes):
                 raise
         owner.ran_out_of_memory()  # what recordings hold is what it lacked
-        return self._graph.run(arguments, outcomes, store, sizes)
+        return self._graph.run(arguments, outcomes, store, sizes, kept)
 
     def _is_repeatable(self, outcomes: Outcomes) -> bool:
         """True if a step that was broken off can be run again: it stores what it would have, and changes no state."""
@@ -399,7 +406,12 @@ class GraphRunner:
         return not writes and MEASURING.isdisjoint(outcomes)
 
     def _run_static(
-        self, arguments: Sequence[Any], outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...]
+        self,
+        arguments: Sequence[Any],
+        outcomes: Outcomes,
+        store: Store | None,
+        sizes: tuple[object, ...],
+        kept: Kept | None,
     ) -> list[Any] | None:
         """Run it over static memory; None where it is to be run as it is."""
         owner, graph, layout = self._owner, self._graph, self._layout
@@ -412,7 +424,7 @@ class GraphRunner:
         recorder = owner.recorder(layout.device)
         if recorder.is_busy():
             return None
-        program, stored = graph.prepare(outcomes, store, sizes)
+        program, stored = graph.prepare(outcomes, store, sizes, kept.values if kept is not None else None)
         key = (id(program), _addresses(stored), _addresses([arguments[i] for i in layout.in_place]))
         step = owner.note(key, program, self, store)
         if step.runs == 1:
@@ -430,10 +442,10 @@ class GraphRunner:
         recorder.wait(inputs.tensors)
         static = inputs.fill(arguments)
         if step.runs == 2:
-            return graph.run(static, outcomes, store, sizes)
+            return graph.run(static, outcomes, store, sizes, kept)
         if step.replay is None:
             try:
-                recording = recorder.record(lambda: graph.run(static, outcomes, store, sizes))
+                recording = recorder.record(lambda: graph.run(static, outcomes, store, sizes, kept))
             except torch.OutOfMemoryError:
                 out_of_memory = True
             except Exception as error:  # whatever it was: the step has not run, and will without it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from dqar_fx.graph.specialise import Outcome
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.cache import EMPTY, BufferPool, Store
 from dqar_fx.runtime.clock import NEW_GENERATION, Clock, Move, Tick
-from dqar_fx.runtime.conditioning import Conditioning, Inputs, Relation, same_memory, version
+from dqar_fx.runtime.conditioning import Conditioning, Inputs, Relation, identical, same_memory, version, versions_of
 from dqar_fx.runtime.decisions import Decision, Measured
 from dqar_fx.runtime.latents import LatentNorms
 from dqar_fx.runtime.program import CapturedGraph, Outcomes
@@ -22,16 +21,6 @@ from dqar_fx.runtime.prompt import Prompt
 
 #: Calls whose decisions are remembered; a loop whose steps cannot be told apart is one endless generation.
 LOGGED_CALLS = 8192
-_version = operator.attrgetter("_version")
-
-
-def _identical(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
-    """True if both hold the same objects (or, for one-element tensors, equal ones of the same version)."""
-    try:
-        # Comparing sequences tries identity first, in C: ten times faster than a loop, for hundreds of parameters.
-        return bool(some == others)
-    except (RuntimeError, TypeError, ValueError):  # ... and where it fails, `==` of two tensors is no truth value
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,13 +226,10 @@ class Generation:
         ``first`` tells the runs of one graph within a call apart: equal blocks may share it, each with its own weights.
         """
         tensors = graph.parameters_of(arguments)
-        try:
-            versions = list(map(_version, tensors))
-        except RuntimeError:  # inference tensors count no versions
-            versions = [version(t) for t in tensors]
+        versions = versions_of(tensors)
         key = (id(graph), first)
         known = self._weights.get(key)
-        same = known is None or (versions == known[1] and _identical(tensors, known[0]))
+        same = known is None or (versions == known[1] and identical(tensors, known[0]))
         if not same:
             self.invalidate()
         if known is None or not same:
@@ -306,6 +292,11 @@ class Generation:
     def cache_bytes(self) -> int:
         """Bytes stored, over all branches and graphs; of a run that has ended, what it had stored."""
         return sum(stored.store.bytes for stored in self._stores.values())
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what is computed once, over all branches; of a run that has ended, what they were."""
+        return sum(stored.store.kept_bytes for stored in self._stores.values())
 
     def site_bytes(self) -> dict[int, int]:
         """Bytes stored for each site, over all branches."""

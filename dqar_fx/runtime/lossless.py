@@ -1,4 +1,4 @@
-"""Reading at every step what is exact: values that follow from inputs which are the memory they were computed from."""
+"""Reading at every step what stays the same: values that follow from inputs in the memory they were computed from."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from dqar_fx.graph.specialise import Outcome
-from dqar_fx.runtime.cache import Store
+from dqar_fx.runtime.cache import EMPTY, Kept, Store
 from dqar_fx.runtime.clock import Move, Tick
-from dqar_fx.runtime.conditioning import QUOTED, is_conditioning, same_memory
+from dqar_fx.runtime.conditioning import QUOTED, identical, is_conditioning, same_memory, versions_of
 from dqar_fx.runtime.identity import timestep_argument
 
-_UNTOLD = (Move.REPEAT, Move.UNKNOWN)  # whose values are stored is not known
+_UNTOLD = (Move.REPEAT, Move.UNKNOWN)  # whose call this is, is not known
 
 
 def constant_inputs(sources: Sequence[str], latents: str = "") -> frozenset[str]:
@@ -43,52 +43,89 @@ def _words(source: str) -> list[str]:
     return [] if found[:1] == ["args"] else found
 
 
-class Lossless:
-    """The lossless sites of one graph.
+class Hoisting:
+    """What was hoisted out of one graph: whether it is at hand, and what that means for the sites in it.
 
     Args:
-        sites: their numbers in the graph.
-        inputs: positions of the graph's arguments that their values follow from (besides parameters, whose changes
-            empty every store).
+        sites: numbers of the lossless sites: hoisted altogether.
+        inputs: positions of the graph's arguments that the values follow from.
+        weights: positions of the parameters that they follow from.
+        copies: the values must be copied to be kept (``Lowerer.overwrites_results``).
     """
 
-    def __init__(self, sites: Sequence[int], inputs: Sequence[int]) -> None:
+    def __init__(self, sites: Sequence[int], inputs: Sequence[int], weights: Sequence[int], *, copies: bool) -> None:
         self.sites = tuple(sites)
         self._inputs = tuple(inputs)
+        self._weights = tuple(weights)
+        self._copies = copies
+
+    def look(self, tick: Tick, store: Store, arguments: Sequence[Any]) -> Kept | None:
+        """The values in ``store`` if they are of these arguments, or room for others; None where it cannot be told.
+
+        They are exact whatever the schedule says, and whosever call this is; but where that is in doubt they are
+        computed. It cannot be told of inference tensors, which count no writes: then nothing is hoisted, and the
+        schedule alone decides. Weights count as ``Generation.check_weights`` counts them.
+        """
+        inputs = [arguments[i] for i in self._inputs]
+        weights = [arguments[i] for i in self._weights]
+        versions = versions_of(inputs), versions_of(weights)
+        if -1 in versions[0]:
+            store.kept = None
+            if store.hoisted:  # what the schedule thinks is stored of these sites was never written
+                store.hoisted = False
+                for site in self.sites:
+                    store.step[site] = EMPTY
+            return None
+        store.hoisted = bool(self.sites)
+        known = store.kept
+        inference = torch.is_inference_mode_enabled()
+        if (
+            known is not None
+            and tick.move not in _UNTOLD
+            and versions == known.versions
+            and inference is known.inference
+            and identical(weights, known.weights)
+            and all(same_memory(a, b) for a, b in zip(known.inputs, inputs, strict=True))
+        ):
+            return known
+        return Kept(inputs, weights, versions, inference)
 
     def decide(
-        self,
-        tick: Tick,
-        is_last: bool,
-        store: Store,
-        arguments: Sequence[Any],
-        outcomes: tuple[Outcome, ...],
-        reasons: tuple[str, ...],
+        self, kept: Kept, store: Store, outcomes: tuple[Outcome, ...], reasons: tuple[str, ...]
     ) -> tuple[tuple[Outcome, ...], tuple[str, ...]]:
-        """``outcomes`` and ``reasons`` of a step, with lossless sites read where what is stored is of these inputs.
-
-        Where it is not, they compute, and store for the next step. Where it cannot be told (inference tensors count no
-        writes), the schedule alone decides.
-        """
-        given = [arguments[i] for i in self._inputs]
-        versions = [-1 if not isinstance(g, torch.Tensor) or g.is_inference() else g._version for g in given]
-        if tick.move in _UNTOLD or -1 in versions:
-            store.inputs = None  # what the schedule stores now is of these inputs, and they are not known
+        """``outcomes`` and ``reasons`` of a step, corrected for the lossless sites: read if ``kept`` has values."""
+        if not self.sites:
             return outcomes, reasons
-        known = store.inputs
-        same = (
-            known is not None
-            and versions == known[1]
-            and all(same_memory(a, b) for a, b in zip(known[0], given, strict=True))
-        )
         chosen, why = list(outcomes), list(reasons)
         for site in self.sites:
-            if same:
+            if kept.values is not None:
                 chosen[site], why[site] = Outcome.REUSE, "reuse"
                 continue
             if chosen[site] is Outcome.REUSE:  # of other inputs
-                why[site] = "empty" if known is None else "stale"
-            chosen[site] = Outcome.COMPUTE if is_last else Outcome.STORE
-        if not same:
-            store.inputs = None if is_last else (given, versions)
+                why[site] = "empty" if store.kept is None else "stale"
+            chosen[site] = Outcome.COMPUTE
         return tuple(chosen), tuple(why)
+
+    def keep(self, kept: Kept, tick: Tick, store: Store, *, is_last: bool) -> None:
+        """Keep what a call has computed, if a later one may read it."""
+        if is_last or tick.move in _UNTOLD:
+            store.kept = None
+            return
+        if self._copies and kept.values is not None:
+            kept.values = _copied(kept.values)
+        store.kept = kept
+
+
+def _copied(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same values in other memory, laid out and sharing it as before."""
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in values}
+    copies = {
+        address: storage.clone()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        for address, storage in storages.items()
+    }
+    return [
+        torch.empty(0, dtype=v.dtype, device=v.device).set_(
+            copies[v.untyped_storage().data_ptr()], v.storage_offset(), v.shape, v.stride()
+        )
+        for v in values
+    ]

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +17,11 @@ from dqar_fx.graph.balancing import settle_balance
 from dqar_fx.graph.capture import is_parameter, lift_constants, source_name, unwrap_scalars
 from dqar_fx.graph.effects import has_late_size, must_keep, storages, written
 from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_sites
+from dqar_fx.graph.hoist import Hoisted, hoist, number
+from dqar_fx.graph.lossless import Constant
 from dqar_fx.graph.lower import BoxedCallable, Lowerer
 from dqar_fx.graph.measure import can_tell_entropy
-from dqar_fx.graph.partition import Piece, partition
+from dqar_fx.graph.partition import Piece, block_labels, partition
 from dqar_fx.graph.share import share_repeated
 from dqar_fx.graph.sites import Region
 from dqar_fx.graph.specialise import (
@@ -32,8 +35,8 @@ from dqar_fx.graph.specialise import (
     exit_layout,
     specialise,
 )
-from dqar_fx.runtime.cache import ExitSpec, Store
-from dqar_fx.runtime.lossless import Lossless
+from dqar_fx.runtime.cache import ExitSpec, Kept, Store
+from dqar_fx.runtime.lossless import Hoisting
 from dqar_fx.runtime.offload import Copies, Transfer
 from dqar_fx.runtime.sizes import check_sizes, exit_spec, symbols_of
 
@@ -41,6 +44,15 @@ Outcomes = tuple[Outcome, ...]
 _Gather = Callable[[Sequence[Any]], Sequence[Any]]
 #: The sizes of a call, and whether it is in inference mode: what decides, beside the outcomes, which code runs.
 _Modes = tuple[tuple[object, ...], bool]
+
+
+class Kind(Enum):
+    """What a program does about what stays the same during a generation."""
+
+    PLAIN = "computes it in its place"
+    KEEPS = "computes it first, and all of it, to be kept"
+    GIVEN = "is given it"
+
 
 #: Programs of one graph that are kept; a static schedule has a handful.
 KEPT_PROGRAMS = 512
@@ -115,7 +127,12 @@ class Runner(Protocol):
     """What may run a captured graph in its place."""
 
     def run(
-        self, arguments: Sequence[Any], outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...]
+        self,
+        arguments: Sequence[Any],
+        outcomes: Outcomes,
+        store: Store | None,
+        sizes: tuple[object, ...],
+        kept: Kept | None = None,
     ) -> list[Any]:
         """See ``CapturedGraph.run``."""
 
@@ -131,6 +148,7 @@ class CapturedGraph:
         variants: the specialised pieces of all graphs of the model, so that equal blocks of two captures share code.
         measures: what a step that measures does: ``"entropy"`` of the attention, ``"change"`` of its exits.
         compares: whether exits may be compared with, and taken from, another branch of guidance.
+        constant: picks the inputs that stay the same during a generation; None to hoist nothing.
     """
 
     def __init__(
@@ -143,14 +161,23 @@ class CapturedGraph:
         measures: frozenset[str] = frozenset(),
         *,
         compares: bool = False,
+        constant: Constant | None = None,
     ) -> None:
         self.captured = gm
-        self.regions = tuple(regions)
         self.guarded = guard_sites(gm, regions)
         lifted, self.constants = lift_constants(self.guarded)
         lifted, self._scalars = unwrap_scalars(lifted)
         lifted = share_repeated(lifted)
-        self.pieces: list[Piece] = partition(lifted, regions, fuse=True)
+        #: The pieces of a step that hoists nothing, and those of one that does.
+        self.plain: list[Piece] = partition(lifted, regions, fuse=True)
+        nodes = {n.name: n for n in gm.graph.nodes}
+        self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
+        hoisted = None
+        if constant is not None:
+            hoisted = _hoisted(lifted, regions, constant, self._exits)
+            regions = _settled(regions, hoisted)
+        self.pieces = partition(hoisted.gm, regions, fuse=True, hoisted=hoisted) if hoisted else self.plain
+        self.regions = tuple(regions)
         self._lowerer = lowerer
         self._on_host = cache.device == "cpu"
         self._variants = variants
@@ -158,11 +185,9 @@ class CapturedGraph:
         self._inputs = [n for n in lifted.graph.nodes if n.op == "placeholder"]
         self._late = {n.name: n.meta["example_value"] for n in lifted.graph.nodes if has_late_size(n)}
         self._result: Sequence[Any] = next(n for n in lifted.graph.nodes if n.op == "output").args[0]
-        self._programs: dict[tuple[Outcomes, _Modes], Program] = {}
+        self._programs: dict[tuple[Outcomes, _Modes, Kind], Program] = {}
         self._steps: dict[Hashable, _Step] = {}
-        nodes = {n.name: n for n in gm.graph.nodes}
         exact = replace(cache, dtype="native", group=None, balance=None)  # INT8 would lose what a lossless site is for
-        self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
         layouts = [
             [
                 exit_layout(value, exact if region.site.lossless else cache, region.site.heads, region.batch, role)
@@ -183,16 +208,23 @@ class CapturedGraph:
             i for i, n in enumerate(given) if _is_number(n) and (n.users or str(n.meta.get("example_value")) in symbols)
         )
         self.sources = tuple(source_name(n) for n in given)
-        lossless = [i for i, region in enumerate(regions) if region.site.lossless]
-        needed = {name for region in regions for name in region.inputs}
-        self.lossless = Lossless(lossless, [i for i, n in enumerate(given) if n.name in needed]) if lossless else None
+        #: What is computed once and kept; None where nothing pays.
+        self.hoisting: Hoisting | None = None
+        self.hoisted = hoisted
+        self._kept: tuple[str, ...] = ()
+        if hoisted is not None:
+            self._kept = hoisted.kept
+            self.hoisting = Hoisting(
+                sorted(hoisted.sites),
+                [i for i, n in enumerate(given) if n.name in hoisted.inputs],
+                [i for i in self.parameters if given[i].name in hoisted.parameters],
+                copies=lowerer.overwrites_results,
+            )
         self._specs: dict[tuple[object, ...], list[list[ExitSpec]]] = {}
         # A piece whose outputs nobody needs still runs if it writes into something.
-        self._has_effects = [_has_effects(piece.gm) for piece in self.pieces]
+        self._has_effects = {piece: _has_effects(piece.gm) for piece in {*self.plain, *self.pieces}}
         #: The sites whose attention can be measured: plain ones, in one piece with their guard.
-        self.measurable = frozenset(
-            piece.sites[n.meta[ATTENTION]] for piece in self.pieces for n in piece.gm.graph.nodes if ATTENTION in n.meta
-        )
+        self.measurable = _measurable(self.plain) & _measurable(self.pieces)
         balanced = settle_balance(gm, regions, layouts, cache, self.measurable)
         self.layouts: list[list[ExitLayout]] = balanced.layouts
         self._factors = balanced.factors
@@ -223,11 +255,12 @@ class CapturedGraph:
             if site in self.comparable:
                 stored.append((site, DIFFERENCE, 0))
                 stored += [(site, LENT - index, part) for index, lay in enumerate(layouts) for part in range(lay.parts)]
-        made = [name for piece in self.pieces for name in piece.outputs]
+        made = list(dict.fromkeys((*self._kept, *(n for p in (*self.plain, *self.pieces) for n in p.outputs))))
         constants = [value for value in self._result if not isinstance(value, fx.Node)]
         self._stored = {use: i for i, use in enumerate(stored, len(names))}
         self._found = {use: i for i, use in enumerate(stored, len(names) + len(stored))}
         self._first_made = len(names) + 2 * len(stored)
+        self._kept_registers = slice(self._first_made, self._first_made + len(self._kept))
         self._register = {name: i for i, name in enumerate(names)}
         self._register.update({name: i for i, name in enumerate(made, self._first_made)})
         first_constant = iter(range(self._first_made + len(made), self._first_made + len(made) + len(constants)))
@@ -287,48 +320,61 @@ class CapturedGraph:
         return specs
 
     def run(
-        self, arguments: Sequence[Any], outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...]
+        self,
+        arguments: Sequence[Any],
+        outcomes: Outcomes,
+        store: Store | None,
+        sizes: tuple[object, ...],
+        kept: Kept | None = None,
     ) -> list[Any]:
         """Run the graph, one outcome for each site; compiles what a combination needs when it first occurs.
 
+        ``kept``: the hoisted values, or where to put them once they are computed; None to hoist nothing.
         Returns what the captured graph returns, in the same order.
         """
         modes = (sizes, torch.is_inference_mode_enabled())
-        program = self._programs.get((outcomes, modes)) or self._program(outcomes, modes)
+        values = kept.values if kept is not None else None
+        kind = Kind.PLAIN if kept is None else Kind.KEEPS if values is None else Kind.GIVEN
+        program = self._programs.get((outcomes, modes, kind)) or self._program(outcomes, modes, kind)
         registers = [*arguments, *self.constants, *self._blank]
         program.bind(store, registers)
+        if values is not None:
+            registers[self._kept_registers] = values
         for i in self._scalars:
             registers[i] = registers[i].item()
         copies = Copies(store, program.transfers) if store is not None and store.on_host else None
         if not program.compiled or copies is not None:
-            return self._run_apart(program, modes, registers, store, copies)
-        for function, arguments_of, outputs, freed in program.compiled:
-            given = list(arguments_of(registers))
-            for i in freed:
-                registers[i] = None
-            for i, value in zip(outputs, function(given)):  # noqa: B905  # the hot loop; checked at the first run
-                registers[i] = value
+            self._run_apart(program, modes, registers, copies)
+        else:
+            for function, arguments_of, outputs, freed in program.compiled:
+                given = list(arguments_of(registers))
+                for i in freed:
+                    registers[i] = None
+                for i, value in zip(outputs, function(given)):  # noqa: B905  # the hot loop; checked at the first run
+                    registers[i] = value
         program.keep(registers, store)
+        if kept is not None and values is None:
+            kept.values = registers[self._kept_registers]
         return [registers[i] for i in self._returned]
 
-    def _program(self, outcomes: Outcomes, modes: _Modes) -> Program:
-        program = self._programs[outcomes, modes] = self.build(outcomes)
+    def _program(self, outcomes: Outcomes, modes: _Modes, kind: Kind) -> Program:
+        program = self._programs[outcomes, modes, kind] = self.build(outcomes, kind)
         if len(self._programs) > KEPT_PROGRAMS:  # gates make any combination of outcomes; the oldest goes
             del self._programs[next(iter(self._programs))]
         return program
 
     def prepare(
-        self, outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...]
+        self, outcomes: Outcomes, store: Store | None, sizes: tuple[object, ...], given: Sequence[torch.Tensor] | None
     ) -> tuple[Program, list[torch.Tensor]]:
         """The program that ``run`` would run, and all tensors that it would use where they are, besides its arguments
-        and the graph's constants: a step that is recorded is the same only as long as these are."""
+        and the graph's constants: a step that is recorded is the same only as long as these are. ``given``: the hoisted
+        values, None where nothing is hoisted."""
         modes = (sizes, torch.is_inference_mode_enabled())
-        program = self._programs.get((outcomes, modes)) or self._program(outcomes, modes)
-        return program, program.stored(store)
+        kind = Kind.PLAIN if given is None else Kind.GIVEN
+        program = self._programs.get((outcomes, modes, kind)) or self._program(outcomes, modes, kind)
+        return program, [*program.stored(store), *(given or ())]
 
-    def _run_apart(
-        self, program: Program, modes: _Modes, registers: list[Any], store: Store | None, copies: Copies | None
-    ) -> list[Any]:
+    def _run_apart(self, program: Program, modes: _Modes, registers: list[Any], copies: Copies | None) -> None:
         """Run a program for the first time, compiling what is new, or with its stored values in host memory."""
         compiled = []
         for index, (step, freed) in enumerate(zip(program.steps, program.freed, strict=True)):
@@ -344,8 +390,6 @@ class CapturedGraph:
                 copies.take(index, registers)
             compiled.append((function, step.gather, step.results, freed))
         program.compiled = compiled  # only now: an exception on the way leaves the program to be built again
-        program.keep(registers, store)
-        return [registers[i] for i in self._returned]
 
     def _function(self, step: _Step, modes: _Modes, given: Sequence[Any]) -> BoxedCallable:
         """``step``, compiled for arguments like these. All but the intermediate ones are what they were for ``modes``:
@@ -368,25 +412,29 @@ class CapturedGraph:
 
         return run
 
-    def build(self, outcomes: Outcomes) -> Program:
+    def build(self, outcomes: Outcomes, kind: Kind = Kind.PLAIN) -> Program:
         """Choose a variant for each piece, last to first, so that nothing is computed that nobody reads."""
         needed = {n.name for n in self._result if isinstance(n, fx.Node)}
+        alive = set(self._returned)
+        if kind is Kind.KEEPS:
+            needed.update(self._kept)
+            alive.update(self._register[name] for name in self._kept)
         chosen: list[_Step] = []
-        for index in range(len(self.pieces) - 1, -1, -1):
-            piece = self.pieces[index]
+        for piece in reversed(self.plain if kind is Kind.PLAIN else self.pieces):
+            if piece.hoisted and kind is Kind.GIVEN:
+                break
             outputs = tuple(i for i, name in enumerate(piece.outputs) if name in needed)
             mine = tuple(outcomes[site] for site in piece.sites)
             reused = frozenset(i for i, site in enumerate(piece.checked) if outcomes[site] is Outcome.REUSE)
             checks = len(reused) < len(piece.checked)
-            if not outputs and not self._has_effects[index] and not checks and not WRITING.intersection(mine):
+            if not outputs and not self._has_effects[piece] and not checks and not WRITING.intersection(mine):
                 continue
-            step = self._steps.get((index, mine, outputs, reused))
+            step = self._steps.get((piece, mine, outputs, reused))
             if step is None:
-                step = self._steps[index, mine, outputs, reused] = self._step(piece, mine, outputs, reused)
+                step = self._steps[piece, mine, outputs, reused] = self._step(piece, mine, outputs, reused)
             needed.update(piece.inputs[i] for i in step.variant.inputs)
             chosen.append(step)
         chosen.reverse()
-        alive = set(self._returned)
         freed: list[tuple[int, ...]] = []
         for step in reversed(chosen):
             freed.append(tuple(i for i in {*step.arguments} - alive if i >= self._first_made))
@@ -425,6 +473,33 @@ class CapturedGraph:
             tuple(Transfer(self._stored[use], *use, reads) for use, reads in zip(uses, read, strict=True)),
             _getter(arguments),
         )
+
+
+def _hoisted(
+    gm: fx.GraphModule, regions: Sequence[Region], constant: Constant, exits: Sequence[Sequence[torch.Tensor]]
+) -> Hoisted | None:
+    """What stays the same in the guarded graph ``gm``, taken out of its blocks."""
+    blocks = block_labels([n for n in gm.graph.nodes if n.op not in ("placeholder", "output")], regions)
+    largest = max((math.prod(map(number, t.shape)) * t.element_size() for own in exits for t in own), default=0)
+    sites = [i for i, region in enumerate(regions) if region.site.lossless]
+    return hoist(gm, constant, {node.name: block for node, block in blocks.items()}, sites, largest)
+
+
+def _settled(regions: Sequence[Region], hoisted: Hoisted | None) -> list[Region]:
+    """The regions, those still marked lossless that were hoisted; the others are left to the schedule."""
+    sites = hoisted.sites if hoisted is not None else frozenset[int]()
+    return [
+        replace(region, site=replace(region.site, lossless=False))
+        if region.site.lossless and i not in sites
+        else region
+        for i, region in enumerate(regions)
+    ]
+
+
+def _measurable(pieces: Sequence[Piece]) -> frozenset[int]:
+    return frozenset(
+        piece.sites[n.meta[ATTENTION]] for piece in pieces for n in piece.gm.graph.nodes if ATTENTION in n.meta
+    )
 
 
 def _getter(registers: tuple[int, ...]) -> _Gather:

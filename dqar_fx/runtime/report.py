@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from dqar_fx.graph.savings import NOTHING, Savings
 from dqar_fx.graph.sites import Site
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.cuda_graphs import GraphCounts
@@ -25,7 +26,8 @@ class Stats:
         decisions: ``(step, branch, site, action, reason)`` of every site in every call, in order.
         measurements: ``(step, branch, site, entropy, change, difference)`` of every site that measured, by branch, step
             and site.
-        cache_bytes: bytes held by the generation's stored values now; 0 once it was left or reset.
+        cache_bytes: bytes held now by the generation's stored values and by what it computed once; 0 once it was left
+            or reset.
         captures: graphs that Dynamo captured.
         graph_breaks: breaks between them.
         variants: compiled pieces, one for each (piece, outcome, input signature) that was needed.
@@ -110,6 +112,8 @@ class Report:
     unmeasured: tuple[str, ...] = ()
     unbalanced: tuple[tuple[str, str], ...] = ()  # (path, reason)
     unshared: str = ""
+    hoisted: Savings = NOTHING
+    hoisted_bytes: int = 0  # held now
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as numbers, strings, lists and dicts."""
@@ -154,6 +158,14 @@ class Report:
             "shared": self.stats.shared,
             "unshared": self.unshared,
             "reuse_ratio": self.stats.reuse_ratio,
+            "hoisted": {
+                "values": self.hoisted.values,
+                "flops_per_step": self.hoisted.flops,
+                "flop_share": self.hoisted.flop_share,
+                "weight_bytes_per_step": self.hoisted.weight_bytes,
+                "weight_share": self.hoisted.weight_share,
+                "bytes": self.hoisted_bytes,
+            },
             "cache_bytes": self.stats.cache_bytes,
             "repeated_calls": self.repeats,
             "uncompiled_pieces": self.uncompiled,
@@ -179,6 +191,12 @@ class Report:
                 f"cache {data['cache_bytes'] / MIB:.2f} MiB"
             ),
         ]
+        if self.hoisted.values:
+            head.append(
+                f"computed once: {self.hoisted.values} values, {self.hoisted_bytes / MIB:.2f} MiB; "
+                f"each later step saves {self.hoisted.flops / 1e9:.3g} GFLOP ({self.hoisted.flop_share:.1%}) and reads "
+                f"{self.hoisted.weight_bytes / MIB:.3g} MiB less of the weights ({self.hoisted.weight_share:.1%})"
+            )
         if self.gates:
             blocked = ", ".join(f"{reason} {count}" for reason, count in data["blocked"].items())
             head += [f"gates: {self.gates}", f"computed because of: {blocked or 'nothing'}"]

@@ -24,6 +24,7 @@ from dqar_fx.graph.keys_values import find_stored
 from dqar_fx.graph.lossless import mark_lossless
 from dqar_fx.graph.lower import Backend, Lowerer
 from dqar_fx.graph.pays import nothing_pays, why_it_cannot_pay
+from dqar_fx.graph.savings import NOTHING, Savings, savings
 from dqar_fx.graph.sites import Region, Site
 from dqar_fx.graph.specialise import Outcome, Variant
 from dqar_fx.plan import Plan
@@ -264,7 +265,18 @@ class Runtime:
                 (graph.regions[site].site.path, why) for graph in self.graphs for site, why in graph.unbalanced.items()
             ),
             unshared=self._unshared(),
+            hoisted=self._savings(),
+            hoisted_bytes=self._generation().kept_bytes,
         )
+
+    def _savings(self) -> Savings:
+        """What computing once saves, if the schedule lets it."""
+        plan = self.plan
+        if plan is None or not plan.reuse.any():
+            return NOTHING
+        # Only a model that is one graph hoists.
+        hoisted = next((graph.hoisted for graph in self.graphs if graph.hoisted is not None), None)
+        return savings(hoisted) if hoisted is not None else NOTHING
 
     def _unmeasured(self) -> tuple[str, ...]:
         """Paths of the sites whose entropy a gate asks for and nothing can tell."""
@@ -326,8 +338,10 @@ class Runtime:
                     skipped.append(site)
                 else:
                     regions.append(replace(region, site=replace(site, index=len(regions))))
+            constant = None
             if whole and self.cache.lossless:
-                regions = mark_lossless(gm, regions, partial(constant_inputs, latents=self.latents))
+                constant = partial(constant_inputs, latents=self.latents)
+                regions = mark_lossless(gm, regions, constant)
             if whole and not regions and self._leaves_alone:
                 self._warn_once("pays", nothing_pays(skipped))  # here, as the registered backend sees no call's end
             elif whole and not regions and not self._graphs:
@@ -338,7 +352,9 @@ class Runtime:
                     check_shapes(self.schedule, [region.site for region in regions])
             measures = self._gating.measures if self._gating is not None else frozenset[str]()
             compares = self._gating is not None and self._gating.gates.cross_branch is not None
-            graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants, measures, compares=compares)
+            graph = CapturedGraph(
+                gm, regions, self.cache, self.lowerer, self._variants, measures, compares=compares, constant=constant
+            )
             if self.step_graphs is not None:
                 graph.runner = self.step_graphs.take(graph, self.latents, on_host=self.cache.device == "cpu")
                 self.pool.users = self.step_graphs
@@ -454,11 +470,10 @@ class Runtime:
         call.sites = first + graph.num_sites
         table = self._table(generation, graph, first, call.total)
         # A schedule that reuses nothing is a baseline: it computes these too.
-        lossless = graph.lossless if table is not None and table.reuses else None
+        hoisting = graph.hoisting if table is not None and table.reuses else None
+        kept = None
         # What stores nothing and reads nothing need not know of the weights: reading hundreds of counters takes time.
-        uses_store = (
-            table is None or lossless is not None or (0 <= tick.step < table.num_steps and table.uses_store[tick.step])
-        )
+        uses_store = table is None or (0 <= tick.step < table.num_steps and table.uses_store[tick.step])
         if uses_store and not generation.check_weights(graph, first, arguments) and tick.step >= 0:
             tick = Tick(tick.step, Move.DOUBT)
         sizes = graph.sizes_of(arguments)
@@ -469,10 +484,12 @@ class Runtime:
             store.step = [tick.step] * graph.num_sites if tick.step >= 0 else store.step
             reasons: tuple[str, ...] = ("warmup",) * graph.num_sites
         else:
+            if hoisting is not None:
+                kept = hoisting.look(tick, store, arguments)
             outcomes, reasons = table.decide(tick, store, tick.reason or empty_reason, call.facts)
             call.is_last = tick.step >= table.num_steps - 1
-            if lossless is not None:
-                outcomes, reasons = lossless.decide(tick, call.is_last, store, arguments, outcomes, reasons)
+            if hoisting is not None and kept is not None:
+                outcomes, reasons = hoisting.decide(kept, store, outcomes, reasons)
             if tick.step >= table.num_steps:
                 self._warn_once(
                     "steps",
@@ -482,10 +499,12 @@ class Runtime:
                 )
         generation.log.append((tick.step, generation.branch, first, outcomes, reasons))
         try:
-            result = (graph.runner or graph).run(arguments, outcomes, store, sizes)
+            result = (graph.runner or graph).run(arguments, outcomes, store, sizes, kept)
         except BaseException:
             generation.free()
             raise
+        if hoisting is not None and kept is not None and kept is not store.kept:
+            hoisting.keep(kept, tick, store, is_last=call.is_last)
         if self._gating is not None:
             store.history.read_back(tick.step)
         if call.sites == call.total:
