@@ -126,6 +126,7 @@ class Store:
     step: list[int] = field(init=False)  # [site]: the step whose value is stored, EMPTY if none
     kept: Kept | None = field(default=None, init=False)  # what was computed once, for good
     _kept_bytes: int = field(default=0, init=False)  # how much that was when the run ended
+    settled: list[torch.Tensor] = field(default_factory=list, init=False)  # where that stays, for who needs its address
     #: Whether lossless sites were last hoisted: what ``step`` says of them is then not so.
     hoisted: bool = field(default=False, init=False)
     on_host: bool = field(init=False)  # the values live in host memory, and the model elsewhere
@@ -230,7 +231,7 @@ class Store:
         """The run is over: free the buffers; how much they took is still known."""
         self.give_all_back()
         self._released = [self.site_bytes(site) for site in range(len(self.specs))]
-        self._kept_bytes = self.kept_bytes
+        self._kept_bytes, self.settled = self.kept_bytes, []
         self.buffers = [None] * len(self.specs)
         for turns in (self._memory, self._holder, self._place):
             turns.clear()

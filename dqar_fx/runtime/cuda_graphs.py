@@ -382,10 +382,14 @@ class GraphRunner:
         kept: Kept | None = None,
     ) -> list[Any]:
         """As ``CapturedGraph.run``, which it leads to where nothing is recorded."""
-        owner, results = self._owner, None
-        # What is computed to be kept must not be in the recordings' memory.
-        if owner.is_refused(self) or (kept is not None and kept.values is None):
+        owner = self._owner
+        results: list[Any] | None = None
+        if owner.is_refused(self):
             return self._graph.run(arguments, outcomes, store, sizes, kept)
+        if kept is not None and kept.values is None:
+            results = self._graph.run(arguments, outcomes, store, sizes, kept)  # not into the recordings' memory
+            _settle(store, kept)
+            return results
         try:
             with owner.lock:
                 results = self._run_static(arguments, outcomes, store, sizes, kept)
@@ -542,6 +546,25 @@ class StaticInputs:
                     self._last[i] = (weakref.ref(given), *present)
                 _flat(static).copy_(_flat(given))
         return filled
+
+
+def _settle(store: Store | None, kept: Kept) -> None:
+    """Move what was computed once to where it was in the generation before: recordings are of these addresses."""
+    assert store is not None
+    assert kept.values is not None
+    pairs = list(zip(store.settled, kept.values, strict=False))
+    if len(store.settled) != len(kept.values) or not all(_alike(old, new) for old, new in pairs):
+        store.settled = kept.values
+        return
+    with torch.no_grad():
+        for old, new in pairs:
+            old.copy_(new)
+    kept.values = store.settled
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    layouts = [(x.shape, x.stride(), x.dtype, x.device, x.is_inference()) for x in (a, b)]
+    return layouts[0] == layouts[1]
 
 
 def _addresses(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:

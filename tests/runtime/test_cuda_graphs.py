@@ -545,7 +545,7 @@ def test_reset_lets_go_of_recordings_and_stores() -> None:
 
 
 def test_stores_are_kept_for_recordings_and_for_nothing_else() -> None:
-    model, runtime = make()
+    model, runtime = make(dynamic=False)  # or a second batch size would be another capture for all sizes
     sample(model)
     addresses = {p.data_ptr() for s in runtime._generation()._stores.values() for b in s.store.buffers for p in b[0]}
     for batch in (3, 4, 5):  # a step of each: nothing of it is recorded
@@ -556,6 +556,31 @@ def test_stores_are_kept_for_recordings_and_for_nothing_else() -> None:
     again = {p.data_ptr() for s in runtime._generation()._stores.values() for b in s.store.buffers for p in b[0]}
     assert again == addresses
     assert sum(map(len, runtime.pool._free.values())) <= 1
+
+
+class Prompted(Model):
+    """Its prompt is projected at every call: what a compiler can do once."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.project = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.SiLU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, timestep: Tensor, prompt: Tensor | None = None) -> Tensor:
+        return super().forward(x, timestep, self.project(prompt))
+
+
+def test_what_is_computed_once_stays_where_recordings_read_it() -> None:
+    (plain, _), (model, runtime) = make(Prompted, graphs=False), make(Prompted)
+    prompts = list(torch.randn(3, 2, WIDTH).unbind())
+    recorded = []
+    for seed, prompt in enumerate([*prompts, prompts[0]]):
+        assert torch.equal(sample(model, seed, prompt=prompt), sample(plain, seed, prompt=prompt))
+        recorded.append(counts(runtime).recorded)
+    assert runtime.graphs[0].hoisting is not None
+    assert recorded[1] == recorded[-1] > 0  # the prompts of later generations are read from the same memory
+    with torch.no_grad():
+        prompts[0].mul_(2)
+    assert torch.equal(sample(model, 0, prompt=prompts[0]), sample(plain, 0, prompt=prompts[0]))
 
 
 # -- what is asked for ----------------------------------------------------------------------------------------------

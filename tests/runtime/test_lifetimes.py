@@ -141,7 +141,7 @@ class Watch:
         self.reads = 0
 
     def __call__(self, run: Any) -> Any:
-        def watched(graph: CapturedGraph, arguments: Any, outcomes: Any, store: Any, sizes: Any) -> Any:
+        def watched(graph: CapturedGraph, arguments: Any, outcomes: Any, store: Any, *rest: Any) -> Any:
             given = [id(b) for b in store.buffers if b is not None]
             assert len(given) == len(set(given))
             for site, outcome in enumerate(outcomes):
@@ -150,7 +150,7 @@ class Watch:
                     assert store.step[site] == step
                     assert torch.equal(store.of(site)[0][0], value)
                     self.reads += 1
-            result = run(graph, arguments, outcomes, store, sizes)
+            result = run(graph, arguments, outcomes, store, *rest)
             for site, outcome in enumerate(outcomes):
                 if outcome in STORING:
                     self.stored[id(store), site] = store.step[site], store.of(site)[0][0].clone()
