@@ -23,6 +23,7 @@ from dqar_fx.errors import (
     PolicyError,
     RuntimeStateError,
     ScheduleError,
+    TuningError,
 )
 from dqar_fx.gates import ChangeGate, CrossBranch, EntropyGate, Gates, SnrGate
 from dqar_fx.graph.sites import Site
@@ -33,6 +34,8 @@ from dqar_fx.presets import preset
 from dqar_fx.quantize import dequantize, quantize
 from dqar_fx.runtime.runtime import Runtime
 from dqar_fx.schedule import Schedule
+from dqar_fx.tune import tune
+from dqar_fx.tuning.result import Tuning
 
 __version__ = "0.1.0"
 
@@ -60,6 +63,8 @@ __all__ = [
     "ScheduleError",
     "Site",
     "SnrGate",
+    "Tuning",
+    "TuningError",
     "calibrate",
     "calibrate_balance",
     "dequantize",
@@ -69,6 +74,7 @@ __all__ = [
     "quantize",
     "restore",
     "runtime",
+    "tune",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ class OptimizedCall:
         compile_model: Callable[[], Callable[..., Any]],
         timestep: tuple[str, int] | None,
         inputs: InputReader,
+        tune: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
         self.runtime = runtime
         self._compile = compile_model
@@ -62,6 +64,8 @@ class OptimizedCall:
             capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
         )
         self._first = True
+        self._tune = tune
+        self._tuning = threading.Lock()
         self._inputs = inputs
         self._name, self._position = timestep or ("", -1)
 
@@ -88,6 +92,11 @@ class OptimizedCall:
         return result
 
     def _call_with_dynamic_operators(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._tune is not None:
+            with self._tuning:  # threads that come meanwhile wait: the choice is made once
+                if self._tune is not None:
+                    self._tune(args, kwargs)
+                    self._tune = None
         first, self._first = self._first, False
         try:
             with self._dynamic_operators:

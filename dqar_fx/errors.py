@@ -17,6 +17,7 @@ __all__ = [
     "PolicyError",
     "RuntimeStateError",
     "ScheduleError",
+    "TuningError",
 ]
 
 
@@ -85,6 +86,14 @@ class MetricError(DqarError, ValueError):
 
     Raised for queries, keys and masks whose shapes or dtypes do not fit together, for an unknown normalisation, for a
     scheduler whose timesteps are not set, and for one whose noise levels cannot be told.
+    """
+
+
+class TuningError(DqarError, ValueError):
+    """What reuse saves cannot be measured, or was measured for something else.
+
+    Raised for inputs that are no arguments of a call, too few rounds, a model that runs outside of its graphs, a file
+    that is no tuning, and a choice of sites that was made for another model.
     """
 
 

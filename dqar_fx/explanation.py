@@ -292,6 +292,18 @@ def _capture(
     return model, inputs, capture_graphs(model, inputs)
 
 
+def build_model(name: str, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model that ``name`` stands for (see ``find_model``), with random weights, to be run.
+
+    Raises:
+        CaptureError: as ``find_model``.
+    """
+    build = find_model(name, config)
+    with torch.random.fork_rng(devices=[]), torch.device(device):  # the caller's seed must not move
+        torch.manual_seed(0)
+        return _cast(build(), dtype).to(device)
+
+
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """``model.to(dtype)``, which torch refuses for fake parameters."""
     cast: dict[int, torch.Tensor] = {}  # a tied parameter stays one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,7 @@ KEPT_PROGRAMS = 512
 class _Step:
     """A piece under given outcomes, placed: every value has the same register in all programs of a graph."""
 
+    piece: int  # its position among the graph's
     variant: Variant
     arguments: tuple[int, ...]  # registers, in calling order
     results: tuple[int, ...]
@@ -117,6 +118,7 @@ class CapturedGraph:
         variants: the specialised pieces of all graphs of the model, so that equal blocks of two captures share code.
         measures: what a step that measures does: ``"entropy"`` of the attention, ``"change"`` of its exits.
         compares: whether exits may be compared with, and taken from, another branch of guidance.
+        left: sites that compute at every step: not read, even if they are lossless.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class CapturedGraph:
         measures: frozenset[str] = frozenset(),
         *,
         compares: bool = False,
+        left: Collection[int] = (),
     ) -> None:
         self.captured = gm
         self.regions = tuple(regions)
@@ -169,7 +172,7 @@ class CapturedGraph:
             i for i, n in enumerate(given) if _is_number(n) and (n.users or str(n.meta.get("example_value")) in symbols)
         )
         self.sources = tuple(source_name(n) for n in given)
-        lossless = [i for i, region in enumerate(regions) if region.site.lossless]
+        lossless = [i for i, region in enumerate(regions) if region.site.lossless and i not in left]
         needed = {name for region in regions for name in region.inputs}
         self.lossless = Lossless(lossless, [i for i, n in enumerate(given) if n.name in needed]) if lossless else None
         self._specs: dict[tuple[object, ...], list[list[ExitSpec]]] = {}
@@ -297,6 +300,10 @@ class CapturedGraph:
         program.keep(registers, store)
         return [registers[i] for i in self._returned]
 
+    def programs(self, outcomes: Outcomes) -> list[Program]:
+        """The programs that have run for ``outcomes``: one for each set of sizes and modes."""
+        return [program for (done, _), program in self._programs.items() if done == outcomes]
+
     def _run_apart(
         self, program: Program, modes: _Modes, registers: list[Any], store: Store | None, copies: Copies | None
     ) -> list[Any]:
@@ -353,7 +360,7 @@ class CapturedGraph:
                 continue
             step = self._steps.get((index, mine, outputs, reused))
             if step is None:
-                step = self._steps[index, mine, outputs, reused] = self._step(piece, mine, outputs, reused)
+                step = self._steps[index, mine, outputs, reused] = self._step(index, mine, outputs, reused)
             needed.update(piece.inputs[i] for i in step.variant.inputs)
             chosen.append(step)
         chosen.reverse()
@@ -365,8 +372,9 @@ class CapturedGraph:
         freed.reverse()
         return Program(chosen, freed)
 
-    def _step(self, piece: Piece, mine: Outcomes, outputs: tuple[int, ...], reused: frozenset[int]) -> _Step:
-        """``piece`` under the outcomes of its sites, and where its arguments and results are."""
+    def _step(self, number: int, mine: Outcomes, outputs: tuple[int, ...], reused: frozenset[int]) -> _Step:
+        """A piece under the outcomes of its sites, and where its arguments and results are."""
+        piece = self.pieces[number]
         layouts = tuple(tuple(self.layouts[site]) for site in piece.sites)
         key = (piece.key, mine, layouts, outputs, reused, self.measures)
         variant = self._variants.get(key)
@@ -387,6 +395,7 @@ class CapturedGraph:
             for site, index, part in uses
         ]
         return _Step(
+            number,
             variant,
             arguments,
             results,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -39,8 +39,9 @@ from dqar_fx.runtime.program import CapturedGraph
 from dqar_fx.runtime.report import GraphBreak, Report, Stats
 from dqar_fx.runtime.sharing import SharingTable
 from dqar_fx.schedule import Schedule
+from dqar_fx.tuning.choice import SiteChoice
 
-SiteFilter = Callable[[Site], bool] | str | Sequence[str] | None
+SiteFilter = SiteChoice | Callable[[Site], bool] | str | Sequence[str] | None
 
 #: Restarts in a row, each because of another conditioning, after which a loop is told why nothing is reused.
 _RESTARTS = 3
@@ -91,17 +92,17 @@ class Runtime:
         self.lowerer = Lowerer(backend, dynamic=dynamic)
         self._scheduler = SchedulerIdentity(scheduler) if scheduler is not None else None
         self._gating = Gating(gates, with_snr=scheduler is not None) if gates is not None else None
-        self._filter = sites
+        self._filter = None if isinstance(sites, SiteChoice) else sites
         self._graphs: list[CapturedGraph] = []
         self._skipped: list[Site] = []
         self._breaks: list[GraphBreak] = []
         self._ends_in_break: list[bool] = []
-        self._variants: dict[object, Variant] = {}
+        self.variants: dict[object, Variant] = {}
         #: The graphs of the fullest call of the last run, in the order in which they ran: the model, as it runs now.
         self._model: tuple[CapturedGraph, ...] = ()
         #: How many sites a call has that begins with this graph (of those that hold any).
         self._totals: dict[CapturedGraph, int] = {}
-        self._plans = Plans(schedule)
+        self._plans = Plans(schedule, sites if isinstance(sites, SiteChoice) else None)
         self.pool = BufferPool() if cache.keep_buffers else None
         self._threads = _PerThread(self.pool)
         self._lock = threading.RLock()
@@ -175,11 +176,21 @@ class Runtime:
             PlanError, ScheduleError: it cannot be planned for this model.
         """
         sites = self._num_sites()
-        plans = Plans(schedule)
+        plans = Plans(schedule, self._plans.choice)
         if sites is not None:
             plans.plan(sites, None)
         self.reset()
         self.schedule, self._plans = schedule, plans
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the generation that the calling code is in, where it or the scheduler says so."""
+        return self._steps_of(self._generation())
+
+    def choose(self, choice: SiteChoice) -> None:
+        """Let only some sites reuse, as measured; before anything is captured, and once."""
+        assert not self._graphs
+        self._plans = Plans(self.schedule, choice)
 
     def reset(self) -> None:
         """Forget everything that the current generation of this thread has stored, and free it."""
@@ -212,7 +223,7 @@ class Runtime:
     def plan(self) -> Plan | None:
         """The plan in force for the current generation; None before the first call (the number of sites is unknown)."""
         sites = self._num_sites()
-        return None if sites is None else self._plans.plan(sites, self._steps_of(self._generation()))
+        return None if sites is None else self._plans.plan(sites, self.num_steps)
 
     @property
     def needs_dynamic_operators(self) -> bool:
@@ -255,7 +266,13 @@ class Runtime:
                 (graph.regions[site].site.path, why) for graph in self.graphs for site, why in graph.unbalanced.items()
             ),
             unshared=self._unshared(),
+            left=tuple((self.sites[site], why) for site, why in self._idle().items()),
         )
+
+    def _idle(self) -> Mapping[int, str]:
+        """The sites that were measured not to pay, and why."""
+        choice = self._plans.choice
+        return choice.left if choice is not None and choice.num_sites == len(self.sites) else {}
 
     def _unmeasured(self) -> tuple[str, ...]:
         """Paths of the sites whose entropy a gate asks for and nothing can tell."""
@@ -319,12 +336,15 @@ class Runtime:
             if whole and not regions and not self._graphs:
                 raise CaptureError(self._nothing_found(found))
             if whole and not self._graphs:
-                self._plans.plan(len(regions), None)  # a plan for another number of sites is refused before any compile
+                self._plans.check(len(regions))  # a plan for another number of sites is refused before any compile
                 if isinstance(self.schedule, Plan):
                     check_shapes(self.schedule, [region.site for region in regions])
             measures = self._gating.measures if self._gating is not None else frozenset[str]()
             compares = self._gating is not None and self._gating.gates.cross_branch is not None
-            graph = CapturedGraph(gm, regions, self.cache, self.lowerer, self._variants, measures, compares=compares)
+            left = self._plans.left(len(regions)) if whole else ()
+            graph = CapturedGraph(
+                gm, regions, self.cache, self.lowerer, self.variants, measures, compares=compares, left=left
+            )
             self._skipped += [site for site in skipped if site not in self._skipped]
             if whole:
                 self._totals[graph] = len(regions)
@@ -394,7 +414,7 @@ class Runtime:
         if call.total != call.sites:
             self._totals[call.graphs[0]] = call.sites
             if len(self._totals) == 1:
-                self._plans.plan(call.sites, None)  # a plan for another number of sites is refused after the first call
+                self._plans.check(call.sites)  # a plan for another number of sites is refused after the first call
             call.total = call.sites
         if call.tick.move is Move.START or call.sites >= (self._num_sites() or 0):
             self._model = tuple(call.graphs)  # not a later call of the run that leaves attentions out
