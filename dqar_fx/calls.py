@@ -30,11 +30,11 @@ def make_call(
     *,
     dynamic: bool | None = None,
     fullgraph: bool = False,
-    tune: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+    tune: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None,
 ) -> OptimizedCall:
     """What calls ``model`` compiled, with ``runtime`` deciding; the model itself is left as it is.
 
-    ``tune`` is called once before the first capture, with the arguments of that call.
+    ``tune`` is called before the first capture, with the arguments of that call; once, if it returns True.
     """
     runtime.state_names = state_names(model)
     settings = {"dynamic": dynamic, "fullgraph": fullgraph, **isolation()}

@@ -11,6 +11,7 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "DqarError",
+    "ExportError",
     "GateError",
     "MetricError",
     "PlanError",
@@ -62,6 +63,14 @@ class CalibrationError(DqarError, ValueError):
 
     Raised for a budget that has no meaning or that nothing meets (the message says the best that can be reached), for a
     sampler that cannot be differentiated, is not repeatable, or takes another number of steps than it should.
+    """
+
+
+class ExportError(DqarError, ValueError):
+    """A model cannot be exported.
+
+    Raised for inputs that do not fit the model, a model that is not one graph, has sizes that are found in values or
+    hands back what its graph has not made, and for what a package has no place for (values in host memory, branches).
     """
 
 

@@ -36,6 +36,7 @@ from dqar_fx.graph.sites import Region
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.identity import timestep_argument
 from dqar_fx.runtime.lossless import constant_inputs
+from dqar_fx.runtime.plans import reading_exact
 from dqar_fx.schedule import Schedule
 
 #: Below this bound, what storing and reading cost eats most of what is left to gain.
@@ -106,9 +107,8 @@ def explain(
     work = Work(capture.graphs, regions, cache)
     sites = [region.site for own in regions for region in own]
     plan = schedule.plan(len(sites)) if sites else None
-    reuse = plan.reuse.copy() if plan else np.zeros((1, 0), bool)
-    if reuse.any():  # a schedule that reuses nothing computes what is exact as well
-        reuse[1:, [site.lossless for site in sites]] = True
+    exact = [site.index for site in sites if site.lossless]
+    reuse = reading_exact(plan, exact).reuse if plan else np.zeros((1, 0), bool)
     saved = [work.total - work.of(row.tolist()) for row in reuse]
     planned = reuse.mean(axis=0).tolist() if plan else []
     everything = work.saved_together()

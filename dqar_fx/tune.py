@@ -140,15 +140,18 @@ class FirstCall:
         self._runtime = runtime
         self._settings = settings
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure and choose."""
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Measure and choose; False if the model ran eager, which is to be tried again."""
         model, runtime = self._model(), self._runtime
         if model is None:
             raise RuntimeStateError("the model is gone: only its optimised call is left. Keep the model.")
-        tuning = measure(
-            model, args, kwargs, schedule=runtime.schedule, num_steps=runtime.num_steps, settings=self._settings,
-            lowerer=runtime.lowerer, variants=runtime.variants, rounds=ROUNDS_AT_FIRST_CALL, baseline=False,
-        )  # fmt: skip
+        try:
+            tuning = measure(
+                model, args, kwargs, schedule=runtime.schedule, num_steps=runtime.num_steps, settings=self._settings,
+                lowerer=runtime.lowerer, variants=runtime.variants, rounds=ROUNDS_AT_FIRST_CALL, baseline=False,
+            )  # fmt: skip
+        except TuningError:  # the call itself will say so
+            return False
         runtime.choose(tuning.sites)
         if not tuning.pays:
             why = next(iter(tuning.sites.left.values()))
@@ -158,6 +161,7 @@ class FirstCall:
                 f"dqar_fx.tune(model, inputs) prints the times.",
                 stacklevel=2,
             )
+        return True
 
 
 def _silently(_text: str) -> None:

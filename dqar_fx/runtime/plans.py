@@ -80,6 +80,18 @@ class Plans:
         return table
 
 
+def reading_exact(plan: Plan, exact: Collection[int]) -> Plan:
+    """What a generation really does: the sites ``exact`` (``Site.lossless``) are read at every step after the first.
+
+    A plan that reuses nothing computes them too.
+    """
+    if not len(exact) or not plan.reuse.any():
+        return plan
+    reuse = plan.reuse.copy()
+    reuse[1:, list(exact)] = True
+    return Plan(reuse, plan.schedule)
+
+
 def _without(plan: Plan, left: Collection[int]) -> Plan:
     """``plan``, with the sites ``left`` computing at every step."""
     if not left:

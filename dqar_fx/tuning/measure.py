@@ -20,7 +20,7 @@ from dqar_fx.graph.sites import Site
 from dqar_fx.graph.specialise import Outcome, Variant
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.generation import StepTable
-from dqar_fx.runtime.plans import Plans
+from dqar_fx.runtime.plans import Plans, reading_exact
 from dqar_fx.runtime.program import Outcomes
 from dqar_fx.schedule import Schedule
 from dqar_fx.tuning.choice import SiteChoice
@@ -156,10 +156,8 @@ def _rounding(probe: Probe, choice: SiteChoice) -> float:
 
 def _effective(plan: Plan, sites: Sequence[Site], choice: SiteChoice) -> Plan:
     """What a generation does: without the sites that were left, and reading at every step what is exact."""
-    reuse = Plans(plan, choice).plan(plan.num_sites, None).reuse.copy()
-    if reuse.any():  # a schedule that reuses nothing computes what is exact as well
-        reuse[1:, [site.index for site in sites if site.lossless and choice(site)]] = True
-    return Plan(reuse, plan.schedule)
+    exact = [site.index for site in sites if site.lossless and choice(site)]
+    return reading_exact(Plans(plan, choice).plan(plan.num_sites, None), exact)
 
 
 def _site_costs(

@@ -416,3 +416,12 @@ def test_a_backend_cannot_tune() -> None:
     compiled = torch.compile(Model(), backend="dqar_fx", options={"schedule": SCHEDULE, "sites": "auto"})
     with torch.no_grad(), pytest.raises(Exception, match=r"tune\(model, inputs\)\.sites"):
         compiled(**inputs())
+
+
+def test_a_first_call_that_runs_eager_puts_the_choice_off(machine: Callable[..., Machine]) -> None:
+    given = machine(read=0.8)
+    model = dqar_fx.optimize(Model(), SCHEDULE, cache=NATIVE, backend=given.backend, sites="auto")
+    with torch.compiler.set_stance("force_eager"), pytest.warns(UserWarning, match="ran eager"), torch.no_grad():
+        model(**inputs())
+    sample(model)
+    assert {d.site for d in dqar_fx.runtime(model).stats.decisions if d.action == "reuse"} == {0, 2}
