@@ -17,6 +17,7 @@ from dqar_fx.errors import (
     CalibrationError,
     CaptureError,
     DqarError,
+    ExportError,
     GateError,
     MetricError,
     PlanError,
@@ -25,6 +26,7 @@ from dqar_fx.errors import (
     ScheduleError,
     TuningError,
 )
+from dqar_fx.export import export
 from dqar_fx.gates import ChangeGate, CrossBranch, EntropyGate, Gates, SnrGate
 from dqar_fx.graph.sites import Site
 from dqar_fx.optimize import optimize, restore, runtime
@@ -50,6 +52,7 @@ __all__ = [
     "CrossBranch",
     "DqarError",
     "EntropyGate",
+    "ExportError",
     "GateError",
     "Gates",
     "MetricError",
@@ -68,6 +71,7 @@ __all__ = [
     "calibrate",
     "calibrate_balance",
     "dequantize",
+    "export",
     "metrics",
     "optimize",
     "preset",

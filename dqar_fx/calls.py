@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from dqar_fx.backend import CaptureBackend
 from dqar_fx.checks import check_parts
 from dqar_fx.compiled import OptimizedCall, isolation, state_names
+from dqar_fx.errors import DqarError
 from dqar_fx.runtime.conditioning import InputReader
 from dqar_fx.runtime.identity import timestep_argument
 from dqar_fx.runtime.runtime import Runtime
@@ -22,6 +23,22 @@ from dqar_fx.runtime.standin import StandIn
 def forward_names(model: nn.Module) -> list[str]:
     """Names of the arguments of the model's forward, in order."""
     return [name for name in inspect.signature(model.forward).parameters if name != "self"]
+
+
+def call_arguments(inputs: object, kind: type[DqarError]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments of a call, from either a tuple or a mapping.
+
+    Raises:
+        DqarError: it is neither; of the given ``kind``.
+    """
+    if isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    raise kind(
+        f"inputs is a {type(inputs).__name__}. Give the arguments of one call of the model: a dict by their names, or "
+        f"a tuple in their order."
+    )
 
 
 def make_call(

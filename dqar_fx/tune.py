@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dqar_fx.backend import make_runtime
+from dqar_fx.calls import call_arguments
 from dqar_fx.checks import check_model
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import RuntimeStateError, TuningError
@@ -93,7 +94,7 @@ def compare(
         DqarError: as ``tune``.
     """
     check_model(model)
-    args, kwargs = arguments(inputs)
+    args, kwargs = call_arguments(inputs, TuningError)
     if type(rounds) is not int or rounds < FEWEST_ROUNDS:
         raise TuningError(f"rounds is {rounds!r}. Give at least {FEWEST_ROUNDS}: fewer have no median to trust.")
     schedule = Schedule.taper() if schedule is None else schedule
@@ -106,22 +107,6 @@ def compare(
             settings=Settings(cache=cache, backend=backend, mode=mode, options=options, dynamic=dynamic),
             rounds=rounds, baseline=True, eager=eager, choose=choose, tell=progress or _silently,
         )  # fmt: skip
-
-
-def arguments(inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and named arguments of a call.
-
-    Raises:
-        TuningError: neither a mapping of names nor a tuple.
-    """
-    if isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs):
-        return (), dict(inputs)
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    raise TuningError(
-        f"inputs is a {type(inputs).__name__}. Give the arguments of one call of the model: a dict by their names, or "
-        f"a tuple in their order."
-    )
 
 
 def is_auto(sites: object) -> bool:

@@ -57,12 +57,12 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         "inputs": {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": timestep(0), "class_labels": torch.arange(2)},
         "sample": lambda _model, _seed: torch.zeros(1),
     }
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["plan"], dqar_fx.Plan)
     assert (tmp_path / "plan.png").stat().st_size > 1000
-    with pytest.raises(dqar_fx.RuntimeStateError):  # the last but one block restores it
+    with pytest.raises(dqar_fx.RuntimeStateError):  # the last block but two restores it
         dqar_fx.runtime(pipe.transformer)
 
 
