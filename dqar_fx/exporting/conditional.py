@@ -13,7 +13,7 @@ from dqar_fx.errors import ExportError
 from dqar_fx.exporting.source import Source
 from dqar_fx.exporting.steps import Stored, without_metadata
 from dqar_fx.graph.capture import fork
-from dqar_fx.graph.effects import eliminate_dead_code, must_keep, written
+from dqar_fx.graph.effects import eliminate_dead_code, live_nodes, storages, written
 from dqar_fx.graph.guard import guard_nodes, guard_number, reuse_or_compute
 from dqar_fx.graph.partition import Piece, extract
 from dqar_fx.graph.specialise import BufferUse, Outcome, specialise
@@ -73,7 +73,7 @@ def _conditional(source: Source, stored: Sequence[Stored]) -> tuple[fx.GraphModu
             for index, item in items.items():
                 item.replace_all_uses_with(cast(fx.Node, guard.args[1 + cast(int, index)]))
             continue
-        region = _only_for(guard, graph)
+        region = _only_for(guard, list(items.values()), out)
         _refuse_writes(graph, region, guard, source, site)
         taken = extract(out, "", [*region, guard, *items.values()], list(items.values()))
         read, compute = _branch(taken, Outcome.REUSE, source, site), _branch(taken, Outcome.STORE, source, site)
@@ -102,24 +102,33 @@ def _conditional(source: Source, stored: Sequence[Stored]) -> tuple[fx.GraphModu
     return without_metadata(out), piece.inputs
 
 
-def _only_for(guard: fx.Node, graph: fx.Graph) -> list[fx.Node]:
-    """What nobody needs but ``guard``, in order; it is given tensors only, as a branch has to be."""
-    outside: set[fx.Node] = set()
+def _only_for(guard: fx.Node, items: Sequence[fx.Node], gm: fx.GraphModule) -> list[fx.Node]:
+    """What is dead once ``items``, which ``guard`` hands on, come from elsewhere: in order.
+
+    A branch is given tensors, and no guard belongs into another's branch: what would need either stays outside.
+    """
+    alive = {node.name for node in live_nodes(gm.graph)}
+    outside: set[str] = set()
     while True:
-        found: set[fx.Node] = {guard}
-        region = []
-        for node in reversed(graph.nodes):
-            fixed = node.op not in ("call_function", "call_method") or written(node) or must_keep(node)
-            if fixed or _chooses(node) or node in outside:
-                continue
-            if node.users and found.issuperset(node.users):
-                found.add(node)
-                region.append(node)
-        # The parts of a tuple (a chunk) that is needed elsewhere too are taken out of it there.
-        parts = {n for n in region if any(i not in found and _is_tuple(i) for i in n.all_input_nodes)}
-        if not parts:
-            return region[::-1]
-        outside |= parts
+        cut = fork(gm).graph
+        nodes = {node.name: node for node in cut.nodes}
+        result = next(n for n in cut.nodes if n.op == "output")
+        for item in items:
+            with cut.inserting_before(next(iter(cut.nodes))):
+                read = cut.placeholder(f"read_{item.name}")
+            read.meta = dict(item.meta)  # and so its memory: what is written into it later stays
+            nodes[item.name].replace_all_uses_with(read)
+        result.args = ((*result.args, *(nodes[name] for name in outside)),)
+        kept = {node.name for node in live_nodes(cut)}
+        dead = alive - kept - {guard.name, *(item.name for item in items)}
+        region = [n for n in gm.graph.nodes if n.name in dead and n.op in ("call_function", "call_method")]
+        inside = set(region)
+        stays = {
+            n.name for n in region if _chooses(n) or any(_is_tuple(i) for i in n.all_input_nodes if i not in inside)
+        }
+        if not stays:
+            return region
+        outside |= stays
 
 
 def _is_tuple(node: fx.Node) -> bool:
@@ -133,16 +142,17 @@ def _chooses(node: fx.Node) -> bool:
 
 
 def _refuse_writes(graph: fx.Graph, region: Sequence[fx.Node], guard: fx.Node, source: Source, site: int) -> None:
-    """What is moved to the guard must not have to come before something that writes in place."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    """What is moved to the guard must not read what something between them writes into."""
     if not region:
         return
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    read = frozenset().union(*(storages(n) for node in region for n in (node, *node.all_input_nodes)))
     between = [n for n in graph.nodes if order[region[0]] < order[n] < order[guard] and n not in region]
     for node in between:
-        if written(node):
+        if any(storages(target) & read for target in written(node)):
             raise ExportError(
-                f"{source.sites[site].path or f'site {site}'} of {source.model}: {node.name} writes in place beside "
-                f"the attention, so that it cannot become a branch. Export it as form='steps'."
+                f"{source.sites[site].path or f'site {site}'} of {source.model}: {node.name} writes in place into what "
+                f"the attention reads, so that it cannot become a branch. Export it as form='steps'."
             )
 
 
