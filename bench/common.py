@@ -6,8 +6,7 @@ import json
 import platform
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,50 +15,19 @@ import torch
 from tabulate import tabulate
 
 from dqar_fx.evaluation.memory import peak_mib
+from dqar_fx.tuning.timing import alternate, interquartile, timed
 
 __all__ = [
     "RESULTS", "alternate", "commit", "finish", "interquartile", "machine", "median", "peak_mib", "relative_error",
-    "synchronise", "timed",
+    "timed",
 ]  # fmt: skip
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what was queued; nothing to wait for on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of one call, the device drained before and after."""
-    synchronise(device)
-    started = time.perf_counter()
-    call()
-    synchronise(device)
-    return (time.perf_counter() - started) * 1e3
-
-
-def alternate(calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Time the calls in turn, A B C A B C ..., so that a drift of the machine hits all alike; milliseconds per call."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(timed(call, device))
-    return times
-
-
 def median(times: Sequence[float]) -> float:
     """The middle of the times, in their unit."""
     return statistics.median(times)
-
-
-def interquartile(times: Sequence[float]) -> float:
-    """From the first quartile of the times to the third, in their unit; 0 for a single one."""
-    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [0.0, 0.0, 0.0]
-    return quartiles[2] - quartiles[0]
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -17,13 +17,16 @@ from dqar_fx.errors import (
     CalibrationError,
     CaptureError,
     DqarError,
+    ExportError,
     GateError,
     MetricError,
     PlanError,
     PolicyError,
     RuntimeStateError,
     ScheduleError,
+    TuningError,
 )
+from dqar_fx.export import export
 from dqar_fx.gates import ChangeGate, CrossBranch, EntropyGate, Gates, SnrGate
 from dqar_fx.graph.sites import Site
 from dqar_fx.optimize import optimize, restore, runtime
@@ -33,6 +36,8 @@ from dqar_fx.presets import preset
 from dqar_fx.quantize import dequantize, quantize
 from dqar_fx.runtime.runtime import Runtime
 from dqar_fx.schedule import Schedule
+from dqar_fx.tune import tune
+from dqar_fx.tuning.result import Tuning
 
 __version__ = "0.1.0"
 
@@ -47,6 +52,7 @@ __all__ = [
     "CrossBranch",
     "DqarError",
     "EntropyGate",
+    "ExportError",
     "GateError",
     "Gates",
     "MetricError",
@@ -60,15 +66,19 @@ __all__ = [
     "ScheduleError",
     "Site",
     "SnrGate",
+    "Tuning",
+    "TuningError",
     "calibrate",
     "calibrate_balance",
     "dequantize",
+    "export",
     "metrics",
     "optimize",
     "preset",
     "quantize",
     "restore",
     "runtime",
+    "tune",
 ]
 
 

@@ -107,6 +107,12 @@ def dqar_fx(
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
         raise RuntimeStateError(f'unknown options for backend "dqar_fx": {unknown}. Known: {", ".join(_OPTIONS)}.')
+    if isinstance(sites := options.get("sites"), str) and sites == "auto":
+        raise RuntimeStateError(
+            "sites='auto' calls the model to measure it, and a backend is handed graphs only. Use "
+            "dqar_fx.optimize(..., sites='auto'), or measure first: options={..., 'sites': "
+            "dqar_fx.tune(model, inputs).sites}."
+        )
     runtime = _runtimes.get(id(options))
     if runtime is None:
         runtime = make_runtime(**{"cache": CacheConfig(), **options})

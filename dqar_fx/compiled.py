@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,7 @@ class OptimizedCall:
         compile_model: Callable[[], Callable[..., Any]],
         timestep: tuple[str, int] | None,
         inputs: InputReader,
+        tune: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None,
     ) -> None:
         self.runtime = runtime
         self._compile = compile_model
@@ -62,6 +64,8 @@ class OptimizedCall:
             capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
         )
         self._first = True
+        self._tune = tune
+        self._tuning = threading.Lock()
         self._inputs = inputs
         self._name, self._position = timestep or ("", -1)
 
@@ -87,7 +91,14 @@ class OptimizedCall:
             raise
         return result
 
+    def _choose_sites(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self._tuning:  # threads that come meanwhile wait: the choice is made once
+            if self._tune is not None and self._tune(args, kwargs):
+                self._tune = None
+
     def _call_with_dynamic_operators(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._tune is not None:
+            self._choose_sites(args, kwargs)
         first, self._first = self._first, False
         try:
             with self._dynamic_operators:
@@ -100,6 +111,6 @@ class OptimizedCall:
             self._compiled = self._compile()
             self.runtime.forget_captures()
             return self._compiled(*args, **kwargs)
-        if not self.runtime.needs_dynamic_operators:
+        if not self.runtime.needs_dynamic_operators and self._tune is None:
             self._dynamic_operators = None
         return result

@@ -11,12 +11,14 @@ __all__ = [
     "CalibrationError",
     "CaptureError",
     "DqarError",
+    "ExportError",
     "GateError",
     "MetricError",
     "PlanError",
     "PolicyError",
     "RuntimeStateError",
     "ScheduleError",
+    "TuningError",
 ]
 
 
@@ -64,6 +66,14 @@ class CalibrationError(DqarError, ValueError):
     """
 
 
+class ExportError(DqarError, ValueError):
+    """A model cannot be exported.
+
+    Raised for inputs that do not fit the model, a model that is not one graph, has sizes that are found in values or
+    hands back what its graph has not made, and for what a package has no place for (values in host memory, branches).
+    """
+
+
 class GateError(DqarError, ValueError):
     """A gate is given a limit that has no meaning, or cannot be asked in this run.
 
@@ -85,6 +95,14 @@ class MetricError(DqarError, ValueError):
 
     Raised for queries, keys and masks whose shapes or dtypes do not fit together, for an unknown normalisation, for a
     scheduler whose timesteps are not set, and for one whose noise levels cannot be told.
+    """
+
+
+class TuningError(DqarError, ValueError):
+    """What reuse saves cannot be measured, or was measured for something else.
+
+    Raised for inputs that are no arguments of a call, too few rounds, a model that runs outside of its graphs, a file
+    that is no tuning, and a choice of sites that was made for another model.
     """
 
 

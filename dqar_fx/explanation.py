@@ -37,6 +37,7 @@ from dqar_fx.graph.sites import Region
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.identity import timestep_argument
 from dqar_fx.runtime.lossless import constant_inputs
+from dqar_fx.runtime.plans import reading_exact
 from dqar_fx.schedule import Schedule
 
 #: Below this bound, what storing and reading cost eats most of what is left to gain.
@@ -109,10 +110,9 @@ def explain(
     work = Work(capture.graphs, regions, cache, constant)
     sites = [region.site for graph in work.graphs for region in graph.regions]
     plan = schedule.plan(len(sites)) if sites else None
-    reuse = plan.reuse.copy() if plan else np.zeros((1, 0), bool)
-    if reuse.any():  # a schedule that reuses nothing computes what is exact as well
-        reuse[1:, [site.lossless for site in sites]] = True
-    hoists = bool(reuse.any())
+    exact = [site.index for site in sites if site.lossless]
+    reuse = reading_exact(plan, exact).reuse if plan else np.zeros((1, 0), bool)
+    hoists = bool(reuse.any())  # a schedule that reuses nothing computes what is exact as well
     saved = [work.total - work.of(row.tolist(), hoisted=hoists and step > 0) for step, row in enumerate(reuse)]
     hoisted = next((savings(g.hoisted) for g in work.graphs if hoists and g.hoisted is not None), NOTHING)
     planned = reuse.mean(axis=0).tolist() if plan else []
@@ -302,6 +302,18 @@ def capture_model(
         model = _cast(build(), dtype)
     inputs = example_inputs(model, **sizes)
     return model, inputs, capture_graphs(model, inputs)
+
+
+def build_model(name: str, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model that ``name`` stands for (see ``find_model``), with random weights, to be run.
+
+    Raises:
+        CaptureError: as ``find_model``.
+    """
+    build = find_model(name, config)
+    with torch.random.fork_rng(devices=[]), torch.device(device):  # the caller's seed must not move
+        torch.manual_seed(0)
+        return _cast(build(), dtype).to(device)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,19 +10,22 @@ import torch
 from torch import nn
 
 from dqar_fx import standins
-from dqar_fx.backend import CaptureBackend, make_runtime, runtime_of_compiled
+from dqar_fx.backend import make_runtime, runtime_of_compiled
 from dqar_fx.calibration import binding
-from dqar_fx.checks import check_model, check_parts
-from dqar_fx.compiled import OptimizedCall, isolation, state_names
+from dqar_fx.calls import forward_names, make_call
+from dqar_fx.checks import check_model
+from dqar_fx.compiled import OptimizedCall
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import RuntimeStateError
 from dqar_fx.gates import Gates
 from dqar_fx.graph.sites import Site
 from dqar_fx.plan import Plan
-from dqar_fx.runtime.conditioning import InputReader
 from dqar_fx.runtime.identity import timestep_argument
 from dqar_fx.runtime.runtime import Runtime
 from dqar_fx.schedule import Schedule
+from dqar_fx.tune import FirstCall, is_auto
+from dqar_fx.tuning.choice import SiteChoice
+from dqar_fx.tuning.measure import Settings
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -36,7 +37,7 @@ def optimize(
     cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen, so one default serves all calls
     gates: Gates | None = None,
     scheduler: Any = None,
-    sites: Callable[[Site], bool] | str | Sequence[str] | None = None,
+    sites: SiteChoice | Callable[[Site], bool] | str | Sequence[str] | None = None,
     backend: str | Callable[..., Any] = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -58,6 +59,9 @@ def optimize(
             rules plan themselves for its number of steps. Without it the timestep's value is read once per call.
         sites: which attentions to rewrite: a predicate on ``Site``, or ``fnmatch`` patterns on module paths. None: all
             that can be, on MPS less those that cannot pay by estimate (the report names them; ``"*"`` takes them too).
+            Or which may reuse, all being numbered: ``tune(...).sites``, or ``"auto"``: at the first call, before
+            anything is stored, measure with its arguments (see ``tune``) and keep those whose reuse pays on this
+            device.
         backend: what the rewritten pieces are compiled with; ``"eager"`` runs them as FX graphs, bit-identical to the
             eager model where nothing is reused. ``mode``, ``options``, ``dynamic`` and ``fullgraph`` mean what they
             mean to ``torch.compile``.
@@ -78,35 +82,28 @@ def optimize(
             makes CUDA graphs of its own.
         GateError: a gate that nothing in this run can answer.
         PlanError: at the first call, if a ``Plan`` was made for another number of sites.
+        TuningError: at the first call, if ``tune(...).sites`` were.
     """
     check_model(model)
     if isinstance(schedule, Plan):
         binding.check(schedule, model, scheduler, cache)
+    auto = is_auto(sites)
     runtime = make_runtime(
-        schedule=schedule, cache=cache, gates=gates, scheduler=scheduler, sites=sites, backend=backend, mode=mode,
-        options=options, dynamic=dynamic, cuda_graphs=cuda_graphs,
+        schedule=schedule, cache=cache, gates=gates, scheduler=scheduler, sites=None if auto else sites,
+        backend=backend, mode=mode, options=options, dynamic=dynamic, cuda_graphs=cuda_graphs,
     )  # fmt: skip
-    runtime.state_names = state_names(model)
-    settings = {"dynamic": dynamic, "fullgraph": fullgraph, **isolation()}
-    reference = weakref.ref(model)  # Dynamo keeps the backend for as long as it keeps the code
-    capture = CaptureBackend(runtime, delimited=True, check=lambda: check_parts(reference()))
-    original = model._call_impl
-
-    def compile_model() -> Callable[..., Any]:
-        return torch.compile(original, backend=capture, **settings)
-
-    names = [p for p in inspect.signature(model.forward).parameters if p != "self"]
-    argument = timestep_argument(names)
-    if argument is None and scheduler is None:
+    settings = Settings(cache=cache, backend=backend, mode=mode, options=options, dynamic=dynamic, fullgraph=fullgraph)
+    tune = FirstCall(model, runtime, settings) if auto else None
+    call = make_call(model, runtime, dynamic=dynamic, fullgraph=fullgraph, tune=tune)
+    names = forward_names(model)
+    if timestep_argument(names) is None and scheduler is None:
         warnings.warn(
             f"{type(model).__name__}.forward({', '.join(names)}) has no argument that looks like a timestep, so no "
             f"step can be told from another and every attention computes, unless you say which step it is: "
             f"runtime.begin_step(i).",
             stacklevel=2,
         )
-    runtime.latents = next((name for name in names if argument is None or name != argument[0]), "")
-    reader = InputReader(names, argument[0] if argument else "")
-    model._compiled_call_impl = OptimizedCall(runtime, compile_model, argument, reader)
+    model._compiled_call_impl = call
     standins.install(model, runtime)
     return model
 

@@ -48,6 +48,7 @@ def test_no_example_is_left_out() -> None:
         "minimal_loop",
         "own_model",
         "policy",
+        "run_exported",
         *TRAINING,
     }
 

@@ -18,7 +18,8 @@ import dqar_fx
 from dqar_fx.calibration.budget import Budget
 from dqar_fx.calibration.calibrate import calibrate
 from dqar_fx.calibration.sampling import sampler_of
-from tests.models import make_dit
+from dqar_fx.tune import tune
+from tests.models import make_dit, timestep
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -33,6 +34,11 @@ def calibrated(*args: Any, **kwargs: Any) -> dqar_fx.Plan:
     return dqar_fx.Schedule.interval(given.arguments["num_steps"]).plan(3)
 
 
+def tuned(*args: Any, **kwargs: Any) -> dqar_fx.Tuning:
+    """What ``tune`` finds, without the compilation."""
+    return tune(*args, **kwargs, backend="eager", rounds=3)
+
+
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mpl.use("Agg")
@@ -42,19 +48,21 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     hub = SimpleNamespace(from_pretrained=lambda _name: pipe)
     monkeypatch.setattr(diffusers, "DiTPipeline", hub)
     monkeypatch.setattr(dqar_fx, "calibrate", calibrated)
+    monkeypatch.setattr(dqar_fx, "tune", tuned)
     names = {
         "model": pipe.transformer,
         "timesteps": scheduler.timesteps,
         "torch": torch,
         "scheduler": scheduler,
+        "inputs": {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": timestep(0), "class_labels": torch.arange(2)},
         "sample": lambda _model, _seed: torch.zeros(1),
     }
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 9
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["plan"], dqar_fx.Plan)
     assert (tmp_path / "plan.png").stat().st_size > 1000
-    with pytest.raises(dqar_fx.RuntimeStateError):  # the last but one block restores it
+    with pytest.raises(dqar_fx.RuntimeStateError):  # the last block but two restores it
         dqar_fx.runtime(pipe.transformer)
 
 

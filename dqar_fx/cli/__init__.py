@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dqar_fx import __version__
 from dqar_fx.errors import DqarError
 
-COMMANDS = ("demo", "calibrate", "evaluate", "explain", "generate", "sweep", "trace", "train-policy")
+COMMANDS = ("demo", "bench", "calibrate", "evaluate", "explain", "generate", "sweep", "trace", "train-policy")
 USAGE_ERROR = 2  # as argparse exits
 INTERRUPTED = 130  # as a shell reports SIGINT
 

@@ -17,6 +17,21 @@ MIB = 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
+    add_call_arguments(parser, dtype=DTYPES[0])
+    parser.add_argument("--sites", action="append", metavar="PATTERN", help="only sites whose path matches; repeatable")
+    parser.add_argument(
+        "--calibrate", action="store_true",
+        help="run the model with its own weights, and show what balancing channels (--cache int8+balance) does to the "
+        "error of what is stored",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save-balance", type=Path, metavar="FILE", help="with --calibrate: write the balance, for int8+balance=FILE"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same numbers there")
+
+
+def add_call_arguments(parser: argparse.ArgumentParser, *, dtype: str | None) -> None:
+    """Those that say what model is called with what, and what would be reused; None: the dtype suits the device."""
     parser.add_argument(
         "model", metavar="MODEL",
         help="a hub id, a folder (of a transformer or of a pipeline), a config file, the name of a diffusers "
@@ -29,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--steps", type=int, metavar="T", help="number of sampling steps (default: the schedule's own)")
     parser.add_argument("--cache", default="int8", metavar="TEXT", help="int8 (the default), native, kv:int8, ...")
-    parser.add_argument("--sites", action="append", metavar="PATTERN", help="only sites whose path matches; repeatable")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="rows of a call (guidance doubles images)")
     size = "of hidden_states: in latent pixels, or in tokens for a model that takes tokens"
     parser.add_argument("--size", type=int, metavar="N", help=f"height and width {size}")
@@ -38,17 +52,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, metavar="F", help="latent frames of a video")
     parser.add_argument("--text-tokens", type=int, metavar="N", help="length of the prompt")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default=DTYPES[0], help="what the model computes in (default: bfloat16)"
-    )
-    parser.add_argument(
-        "--calibrate", action="store_true",
-        help="run the model with its own weights, and show what balancing channels (--cache int8+balance) does to the "
-        "error of what is stored",
+        "--dtype", choices=DTYPES, default=dtype,
+        help=f"what the model computes in (default: {dtype or 'bfloat16 on a GPU, float32 on the CPU'})",
     )  # fmt: skip
-    parser.add_argument(
-        "--save-balance", type=Path, metavar="FILE", help="with --calibrate: write the balance, for int8+balance=FILE"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the same numbers there")
+
+
+def sizes_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The sizes of a call, as ``example_inputs`` takes them."""
+    return {
+        "batch": args.batch,
+        "height": args.height or args.size,
+        "width": args.width or args.size,
+        "frames": args.frames,
+        "text_tokens": args.text_tokens,
+    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,13 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate:
         require_weights(args.model)
     cache, dtype = CacheConfig.parse(args.cache), getattr(torch, args.dtype)
-    sizes = {
-        "batch": args.batch,
-        "height": args.height or args.size,
-        "width": args.width or args.size,
-        "frames": args.frames,
-        "text_tokens": args.text_tokens,
-    }
+    sizes = sizes_of(args)
     found = explain(
         args.model,
         parse_schedule(args.schedule, args.steps),

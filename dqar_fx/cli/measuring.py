@@ -29,7 +29,7 @@ def timed_draw(
     on_step: Callable[[], None],
 ) -> tuple[Tensor, list[float]]:
     """The images of one generation, and the seconds of each of its steps; ``on_step`` is called after each."""
-    from dqar_fx.cli.models import synchronize
+    from dqar_fx.tuning.timing import synchronize
 
     times = [time.perf_counter()]
 

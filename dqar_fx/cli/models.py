@@ -193,16 +193,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, so that a clock read afterwards means something."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def load(model: str, device: torch.device) -> Painter:
     """The model of that name.
 

@@ -125,7 +125,7 @@ def variants(
                 for node in step.variant.gm.graph.nodes
                 if node.op == "placeholder"
             ]
-            yield step.label, outcome, replace(step.variant, gm=moved(step.variant.gm, target)), arguments
+            yield step.piece.label, outcome, replace(step.variant, gm=moved(step.variant.gm, target)), arguments
 
 
 def lower(variant: Variant, arguments: Sequence[Any], label: str = "", outcome: Outcome = Outcome.COMPUTE) -> Lowered:

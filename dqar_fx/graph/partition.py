@@ -78,8 +78,15 @@ def partition(
     for label, run in runs:
         members = set(run)
         outputs = [n for n in run if n in returned or any(u not in members and u is not result for u in n.users)]
-        pieces.append(_piece(gm, label, run, outputs, hoisted=run[0] in first))
+        pieces.append(extract(gm, label, run, outputs, hoisted=run[0] in first))
     return pieces
+
+
+def whole(gm: fx.GraphModule) -> Piece:
+    """The guarded graph as a single piece; what it hands back are the values, each once, that ``gm`` does."""
+    result = next(n for n in gm.graph.nodes if n.op == "output")
+    run = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
+    return extract(gm, "model", run, [n for n in dict.fromkeys(result.all_input_nodes) if n.op != "placeholder"])
 
 
 def block_labels(
@@ -206,7 +213,10 @@ def _can_cross(node: fx.Node) -> bool:
     return isinstance(value, (torch.Tensor, int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _piece(whole: fx.GraphModule, label: str, run: list[fx.Node], outputs: list[fx.Node], *, hoisted: bool) -> Piece:
+def extract(
+    gm: fx.GraphModule, label: str, run: Sequence[fx.Node], outputs: Sequence[fx.Node], *, hoisted: bool = False
+) -> Piece:
+    """The nodes ``run``, in order, as a piece that hands back ``outputs``; ``gm`` is left as it was."""
     members = set(run)
     inputs: list[fx.Node] = []
     for node in run:
@@ -234,10 +244,10 @@ def _piece(whole: fx.GraphModule, label: str, run: list[fx.Node], outputs: list[
         else:
             copy.meta.pop(ATTENTION, None)
     graph.output(tuple(mapping[n] for n in outputs))
-    gm = fx.GraphModule(whole, graph)
+    taken = fx.GraphModule(gm, graph)
     return Piece(
-        gm,
-        structure(gm),
+        taken,
+        structure(taken),
         tuple(n.name for n in inputs),
         tuple(n.name for n in outputs),
         tuple(sites),

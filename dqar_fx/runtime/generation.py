@@ -38,13 +38,17 @@ NO_FACTS = Facts()
 
 
 class StepTable:
-    """A plan, cut to the sites of one graph, in the form that a call needs: no arithmetic is left for it."""
+    """A plan, cut to the sites of one graph, in the form that a call needs: no arithmetic is left for it.
 
-    def __init__(self, plan: Plan, first: int, count: int) -> None:
+    ``left`` are those of these sites that compute at every step and store nothing, for other branches either.
+    """
+
+    def __init__(self, plan: Plan, first: int, count: int, left: frozenset[int] = frozenset()) -> None:
         steps = range(plan.num_steps)
         sites = range(first, first + count)
         self.num_steps = plan.num_steps
         self.count = count
+        self.left = left
         self.reuse = [[bool(plan.reuse[t, s]) for s in sites] for t in steps]
         self.age = [[int(plan.age[t, s]) for s in sites] for t in steps]
         self.reason = [tuple(plan.reason(t, s) for s in sites) for t in steps]

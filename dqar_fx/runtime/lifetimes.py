@@ -73,8 +73,8 @@ class TurnsTable(StepTable):
     from the plan, nobody reads what another has written.
     """
 
-    def __init__(self, plan: Plan, first: int, count: int) -> None:
-        super().__init__(plan, first, count)
+    def __init__(self, plan: Plan, first: int, count: int, left: frozenset[int] = frozenset()) -> None:
+        super().__init__(plan, first, count, left)
         self._alive = intervals(self.reuse)
         self._places: tuple[object, list[dict[int, int]]] = (None, [])  # for these specs
 
@@ -101,6 +101,6 @@ class TurnsTable(StepTable):
         return found
 
 
-def step_table(plan: Plan, first: int, count: int) -> StepTable:
-    """The table of ``plan`` for ``count`` sites from ``first`` on."""
-    return TurnsTable(plan, first, count) if take_turns(plan, first, count) else StepTable(plan, first, count)
+def step_table(plan: Plan, first: int, count: int, left: frozenset[int] = frozenset()) -> StepTable:
+    """The table of ``plan`` for ``count`` sites from ``first`` on; ``left``: see ``StepTable``."""
+    return (TurnsTable if take_turns(plan, first, count) else StepTable)(plan, first, count, left)

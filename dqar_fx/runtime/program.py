@@ -62,7 +62,7 @@ KEPT_PROGRAMS = 512
 class _Step:
     """A piece under given outcomes, placed: every value has the same register in all programs of a graph."""
 
-    label: str  # of the piece
+    piece: Piece
     variant: Variant
     arguments: tuple[int, ...]  # registers, in calling order
     results: tuple[int, ...]
@@ -374,6 +374,10 @@ class CapturedGraph:
         program = self._programs.get((outcomes, modes, kind)) or self._program(outcomes, modes, kind)
         return program, [*program.stored(store), *(given or ())]
 
+    def programs(self, outcomes: Outcomes) -> list[Program]:
+        """The programs that have run for ``outcomes``: one for each set of sizes and modes, and kind."""
+        return [program for (done, _, _), program in self._programs.items() if done == outcomes]
+
     def _run_apart(self, program: Program, modes: _Modes, registers: list[Any], copies: Copies | None) -> None:
         """Run a program for the first time, compiling what is new, or with its stored values in host memory."""
         compiled = []
@@ -464,7 +468,7 @@ class CapturedGraph:
             for site, index, part in uses
         ]
         return _Step(
-            piece.label,
+            piece,
             variant,
             arguments,
             results,

@@ -114,6 +114,7 @@ class Report:
     unshared: str = ""
     hoisted: Savings = NOTHING
     hoisted_bytes: int = 0  # held now
+    left: tuple[tuple[Site, str], ...] = ()  # sites whose reuse does not pay, as measured
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as numbers, strings, lists and dicts."""
@@ -146,7 +147,10 @@ class Report:
             "planned_reuse_ratio": self.plan.reuse_ratio if self.plan is not None else None,
             "num_steps": self.plan.num_steps if self.plan is not None else None,
             "sites": sites,
-            "left_computing": [{"path": s.path, "kind": s.kind, "reason": s.reason} for s in self.skipped],
+            "left_computing": [
+                {"path": site.path, "kind": site.kind, "reason": reason}
+                for site, reason in [*((s, s.reason) for s in self.skipped), *self.left]
+            ],
             "graph_breaks": [{"reason": b.reason, "where": b.where} for b in self.breaks],
             "captures": self.stats.captures,
             "pieces": list(self.pieces),

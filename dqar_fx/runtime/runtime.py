@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -42,8 +42,9 @@ from dqar_fx.runtime.program import CapturedGraph
 from dqar_fx.runtime.report import GraphBreak, Report, Stats
 from dqar_fx.runtime.sharing import SharingTable
 from dqar_fx.schedule import Schedule
+from dqar_fx.tuning.choice import SiteChoice
 
-SiteFilter = Callable[[Site], bool] | str | Sequence[str] | None
+SiteFilter = SiteChoice | Callable[[Site], bool] | str | Sequence[str] | None
 
 #: Restarts in a row, each because of another conditioning, after which a loop is told why nothing is reused.
 _RESTARTS = 3
@@ -96,17 +97,17 @@ class Runtime:
         self.lowerer = Lowerer(backend, dynamic=dynamic)
         self._scheduler = SchedulerIdentity(scheduler) if scheduler is not None else None
         self._gating = Gating(gates, with_snr=scheduler is not None) if gates is not None else None
-        self._filter = sites
+        self._filter = None if isinstance(sites, SiteChoice) else sites
         self._graphs: list[CapturedGraph] = []
         self._skipped: list[Site] = []
         self._breaks: list[GraphBreak] = []
         self._ends_in_break: list[bool] = []
-        self._variants: dict[object, Variant] = {}
+        self.variants: dict[object, Variant] = {}
         #: The graphs of the fullest call of the last run, in the order in which they ran: the model, as it runs now.
         self._model: tuple[CapturedGraph, ...] = ()
         #: How many sites a call has that begins with this graph (of those that hold any).
         self._totals: dict[CapturedGraph, int] = {}
-        self._plans = Plans(schedule)
+        self._plans = Plans(schedule, sites if isinstance(sites, SiteChoice) else None)
         #: What puts whole steps into CUDA graphs; None where that is off.
         self.step_graphs = step_graphs
         self.pool = BufferPool(keeps_all=cache.keep_buffers)
@@ -183,11 +184,21 @@ class Runtime:
             PlanError, ScheduleError: it cannot be planned for this model.
         """
         sites = self._num_sites()
-        plans = Plans(schedule)
+        plans = Plans(schedule, self._plans.choice)
         if sites is not None:
             plans.plan(sites, None)
         self.reset()
         self.schedule, self._plans = schedule, plans
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the generation that the calling code is in, where it or the scheduler says so."""
+        return self._steps_of(self._generation())
+
+    def choose(self, choice: SiteChoice) -> None:
+        """Let only some sites reuse, as measured; before anything is captured, and once."""
+        assert not self._graphs
+        self._plans = Plans(self.schedule, choice)
 
     def reset(self) -> None:
         """Forget everything that the current generation of this thread has stored, and free it."""
@@ -221,7 +232,7 @@ class Runtime:
     def plan(self) -> Plan | None:
         """The plan in force for the current generation; None before the first call (the number of sites is unknown)."""
         sites = self._num_sites()
-        return None if sites is None else self._plans.plan(sites, self._steps_of(self._generation()))
+        return None if sites is None else self._plans.plan(sites, self.num_steps)
 
     @property
     def needs_dynamic_operators(self) -> bool:
@@ -267,6 +278,7 @@ class Runtime:
             unshared=self._unshared(),
             hoisted=self._savings(),
             hoisted_bytes=self._generation().kept_bytes,
+            left=tuple((self.sites[site], why) for site, why in self._idle().items()),
         )
 
     def _savings(self) -> Savings:
@@ -277,6 +289,11 @@ class Runtime:
         # Only a model that is one graph hoists.
         hoisted = next((graph.hoisted for graph in self.graphs if graph.hoisted is not None), None)
         return savings(hoisted) if hoisted is not None else NOTHING
+
+    def _idle(self) -> Mapping[int, str]:
+        """The sites that were measured not to pay, and why."""
+        choice = self._plans.choice
+        return choice.left if choice is not None and choice.num_sites == len(self.sites) else {}
 
     def _unmeasured(self) -> tuple[str, ...]:
         """Paths of the sites whose entropy a gate asks for and nothing can tell."""
@@ -342,18 +359,22 @@ class Runtime:
             if whole and self.cache.lossless:
                 constant = partial(constant_inputs, latents=self.latents)
                 regions = mark_lossless(gm, regions, constant)
+                left = self._plans.left(len(regions))  # these are not read, exact or not
+                regions = [
+                    replace(r, site=replace(r.site, lossless=False)) if i in left else r for i, r in enumerate(regions)
+                ]
             if whole and not regions and self._leaves_alone:
                 self._warn_once("pays", nothing_pays(skipped))  # here, as the registered backend sees no call's end
             elif whole and not regions and not self._graphs:
                 raise CaptureError(self._nothing_found(found))
             elif whole and not self._graphs:
-                self._plans.plan(len(regions), None)  # a plan for another number of sites is refused before any compile
+                self._plans.check(len(regions))  # a plan for another number of sites is refused before any compile
                 if isinstance(self.schedule, Plan):
                     check_shapes(self.schedule, [region.site for region in regions])
             measures = self._gating.measures if self._gating is not None else frozenset[str]()
             compares = self._gating is not None and self._gating.gates.cross_branch is not None
             graph = CapturedGraph(
-                gm, regions, self.cache, self.lowerer, self._variants, measures, compares=compares, constant=constant
+                gm, regions, self.cache, self.lowerer, self.variants, measures, compares=compares, constant=constant
             )
             if self.step_graphs is not None:
                 graph.runner = self.step_graphs.take(graph, self.latents, on_host=self.cache.device == "cpu")
@@ -439,7 +460,7 @@ class Runtime:
         if call.total != call.sites:
             self._totals[call.graphs[0]] = call.sites
             if len(self._totals) == 1:
-                self._plans.plan(call.sites, None)  # a plan for another number of sites is refused after the first call
+                self._plans.check(call.sites)  # a plan for another number of sites is refused after the first call
             call.total = call.sites
         if call.tick.move is Move.START or call.sites >= (self._num_sites() or 0):
             self._model = tuple(call.graphs)  # not a later call of the run that leaves attentions out

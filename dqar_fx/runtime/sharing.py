@@ -45,7 +45,8 @@ class SharingTable:
         # A plan without any reuse calls all its steps, to the last, a warm-up.
         warmup = "warmup" if "warmup" not in plan.reason[-1] else ""
         # [step][site]: a value may be taken.
-        self._may_take = [[s in graph.comparable and plan.reason[t][s] != warmup for s in sites] for t in steps]
+        shared = graph.comparable - plan.left
+        self._may_take = [[s in shared and plan.reason[t][s] != warmup for s in sites] for t in steps]
         # ... and one may be taken later on, by what is measured now.
         self._may_learn = [[any(row[s] for row in self._may_take[t + LAG :]) for s in sites] for t in steps]
         self.uses_store = [uses or any(may) for uses, may in zip(gated.uses_store, self._may_take, strict=True)]
