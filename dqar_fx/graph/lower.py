@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from dqar_fx.graph.capture import fork
+from dqar_fx.graph.compile_line import compile_line
 from dqar_fx.graph.effects import finds_size
 from dqar_fx.graph.specialise import Variant
 
@@ -93,8 +94,6 @@ class Lowerer:
         self.seconds = 0.0
         #: How many of the pieces run as they are: they find a size from values, which is nothing to compile.
         self.uncompiled = 0
-        #: Called after each compilation with the number of compiled pieces so far.
-        self.on_compile: Callable[[int], None] | None = None
 
     @property
     def overwrites_results(self) -> bool:
@@ -136,7 +135,7 @@ class Lowerer:
             _tell_tensors(gm)
         if as_it_is:
             self.uncompiled += 1
-            self._done()
+            self._count += 1
             compiled: BoxedCallable = lambda given: gm.forward(*given)  # noqa: E731  # one of three
         elif sizes:
             function = self._counted(gm, [a for i, a in enumerate(arguments) if i not in numbers])
@@ -179,18 +178,13 @@ class Lowerer:
 
     def _counted(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         started = time.perf_counter()
-        with _static_shapes(inputs):
+        with compile_line(self._count + 1, self.seconds), _static_shapes(inputs):
             function = self._backend(gm, inputs)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         logger.info("compiled a piece of %d nodes in %.2f s", len(gm.graph.nodes), seconds)
-        self._done()
-        return function
-
-    def _done(self) -> None:
         self._count += 1
-        if self.on_compile is not None:
-            self.on_compile(self._count)
+        return function
 
 
 def _static_shapes(inputs: Sequence[Any]) -> AbstractContextManager[object]:

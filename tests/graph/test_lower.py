@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -143,13 +145,30 @@ def test_options_reach_the_backend() -> None:
         resolve_backend("inductor", mode="no such mode")
 
 
-def test_somebody_may_listen_to_compilations() -> None:
-    lowerer, heard = Lowerer(Counting()), []
-    lowerer.on_compile = heard.append
-    one = variant(double, X)
+class Screen(io.StringIO):
+    """Standard error that is a terminal, or is not."""
+
+    def __init__(self, *, terminal: bool) -> None:
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_says_what_is_compiled(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, seen = Screen(terminal=terminal), []
+
+    def backend(gm: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        seen.append(screen.getvalue().split("\r")[-1])
+        return gm.forward
+
+    monkeypatch.setattr(sys, "stderr", screen)
+    lowerer, one = Lowerer(backend), variant(double, X)
     for value in (X, X, torch.ones(1)):
         lowerer.lower(one, [value])
-    assert heard == [1, 2]
+    first, second = "\x1b[Kdqar_fx: compiling piece 1 ...", "\x1b[Kdqar_fx: compiling piece 2, 0 s so far ..."
+    assert seen == ([first, second] if terminal else ["", ""])
+    assert screen.getvalue().endswith("\r\x1b[K" if terminal else "")  # nothing is left of it
+    assert lowerer.count == 2
 
 
 def test_threads_that_need_the_same_piece_compile_it_once() -> None:
