@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 import dqar_fx
 from contest import contenders, models
+from dqar_fx.tuning.timing import synchronize
 
 #: Dynamo keeps what it says of the last 64 compilations; a cache that makes it compile at each step has more.
 KEPT_METRICS = 100_000
@@ -40,7 +41,7 @@ class Clock:
             event.record()
             self.marks.append(event)
         else:
-            common.synchronise(self.device)
+            synchronize(self.device)
             self.marks.append(time.perf_counter())
 
     def milliseconds(self) -> list[float]:
@@ -93,11 +94,11 @@ class Child:
     def generate(self) -> dict[str, Any]:
         """One generation: ``seconds``, and ``steps_ms`` of each step."""
         clock = Clock(self.device)
-        common.synchronise(self.device)
+        synchronize(self.device)
         started = time.perf_counter()
         clock.mark()
         self.sample = self.contender.draw(clock.mark)
-        common.synchronise(self.device)
+        synchronize(self.device)
         return {"seconds": time.perf_counter() - started, "steps_ms": clock.milliseconds()}
 
     def finish(self) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class Child:
         call, times = self.contender.call, []
 
         def timed(**inputs: Any) -> Any:
-            common.synchronise(self.device)
+            synchronize(self.device)
             started = time.perf_counter()
             output = call(**inputs)
             times.append((time.perf_counter() - started) * 1e3)
