@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dqar_fx.graph.attentions import is_attention, is_product
 from dqar_fx.graph.capture import fork, is_parameter
-from dqar_fx.graph.effects import eliminate_dead_code, storages, target_name, tensors_of, written
+from dqar_fx.graph.effects import eliminate_dead_code, live_nodes, storages, target_name, tensors_of, written
 from dqar_fx.graph.guard import guard_nodes, guard_number, unguard
 from dqar_fx.graph.lossless import Constant, invariant
 
@@ -98,6 +98,7 @@ def _hoist(gm: fx.GraphModule, constant: Constant, blocks: Mapping[str, str], la
     kept, alive = _read(gm, choice.kept())
     if not kept:
         return None
+    alive.update(node.name for node in set(gm.graph.nodes) - live_nodes(gm.graph))  # what nobody read before stays, too
     needed = choice.needed(kept)
     copies: dict[fx.Node, fx.Node] = {}
     nodes = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output")]
@@ -109,8 +110,9 @@ def _hoist(gm: fx.GraphModule, constant: Constant, blocks: Mapping[str, str], la
     for node in kept:
         node.replace_all_uses_with(copies[node])
     for node in reversed(nodes):
-        if node.name not in alive:
+        if node.name not in alive and not node.users:
             gm.graph.erase_node(node)
+    left = set(gm.graph.nodes)
     gm.graph.lint()
     gm.recompile()
     given = [n for n in gm.graph.nodes if n in needed and isinstance(n.meta.get("example_value"), torch.Tensor)]
@@ -122,7 +124,7 @@ def _hoist(gm: fx.GraphModule, constant: Constant, blocks: Mapping[str, str], la
         tuple(n.name for n in given if not is_parameter(n)),
         tuple(n.name for n in given if is_parameter(n)),
         frozenset(),
-        {node.name: copy.name for node, copy in copies.items() if node.name not in alive},
+        {node.name: copy.name for node, copy in copies.items() if node not in left},
     )
 
 

@@ -40,7 +40,7 @@ HEADS = 2
 
 
 def graph_of(gm: fx.GraphModule, target: str = "output", *, constant: Any = CONSTANT) -> CapturedGraph:
-    regions = mark_lossless(gm, find_stored(gm, target), CONSTANT)
+    regions = mark_lossless(gm, [r for r in find_stored(gm, target) if not r.site.reason], CONSTANT)
     return CapturedGraph(gm, regions, CacheConfig(target), Lowerer(lambda gm, _: gm), {}, constant=constant)
 
 
@@ -233,6 +233,22 @@ def test_a_value_may_be_made_by_writes_if_these_stay_the_same_too() -> None:
     rest = fx.Graph()
     rest.graph_copy(hoisted(graph).gm.graph, {})
     assert ops(hoisted(graph).gm)["setitem"] == 1  # in the part that stands first, and nowhere else
+
+
+class Unread(Denoiser):
+    """Attends once more to the prompt, for nobody."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Any:
+        result = super().forward(hidden_states, timestep, encoder_hidden_states)
+        self.blocks[0].attn2(result, self.project(encoder_hidden_states)).mul(2)
+        return result
+
+
+@pytest.mark.parametrize("target", ["output", "kv"])
+def test_an_attention_whose_value_nobody_reads_stays_in_the_graph(target: str) -> None:
+    graph, arguments = captured(Unread(), target)
+    assert graph.num_sites == 7
+    given_once(graph, arguments)
 
 
 class Returning(Denoiser):
