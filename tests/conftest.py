@@ -3,6 +3,30 @@
 Set before anything is captured, since Dynamo guards on it.
 """
 
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+#: Half of the whole suite's time: variants of what the other files show. ``pytest -m slow`` runs these.
+SLOW = frozenset(
+    {
+        "ecosystem/test_offloading.py",
+        "pipelines/test_device_reads.py",
+        "pipelines/test_guidance.py",
+        "pipelines/test_img2img.py",
+        "pipelines/test_interruptions.py",
+        "pipelines/test_sections.py",
+        "pipelines/test_sequences.py",
+        "runtime/test_faults_of_families.py",
+    }
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow files."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from dqar_fx.graph.effects import target_name
 
@@ -26,8 +25,7 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
         mapping[node].meta = copy.copy(node.meta)  # shallow: fake tensors must keep their (shared) storages
         if hasattr(node, "_dynamo_source"):  # all that tells where an input is from, once Dynamo is done
             mapping[node]._dynamo_source = node._dynamo_source
-    with _use_lazy_graph_module(True):
-        return _make_graph_module(gm, graph)
+    return fx.GraphModule(gm, graph)
 
 
 def clean_path(raw: str) -> str:

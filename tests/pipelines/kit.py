@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,8 @@ def seeded(build: Builder) -> Builder:
         torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # what diffusers' own constructors use
-            pipe, kwargs = build(request)
+            with uninitialized_as_nan():
+                pipe, kwargs = build(request)
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)
@@ -65,11 +67,22 @@ def builder(build: Builder) -> Builder:
     return BUILDERS[build.__name__]
 
 
+@contextmanager
+def uninitialized_as_nan() -> Iterator[None]:
+    """Inside, ``torch.empty`` gives NaN: what a model leaves as it is (Lumina's padding) would differ otherwise."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def fill_zeros(model: nn.Module) -> None:
-    """Replace parameters that start at zero: a gate of zero would hide the attention behind it."""
+    """Replace parameters that start at zero, behind which an attention would be hidden, or at nothing."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point() and not parameter.any():
+            if parameter.is_floating_point() and (parameter.isnan().any() or not parameter.any()):
                 parameter.normal_(0, 0.02)
 
 
