@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -178,7 +178,9 @@ class Lowerer:
 
     def _counted(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         started = time.perf_counter()
-        with compile_line(self._count + 1, self.seconds), _static_shapes(inputs):
+        with compile_line(self._count + 1, self.seconds), ExitStack() as stack:
+            if isinstance(self._backend, torch._TorchCompileInductorWrapper):
+                inputs = _as_dynamo_gives_them(inputs, stack)
             function = self._backend(gm, inputs)
         seconds = time.perf_counter() - started
         self.seconds += seconds
@@ -187,15 +189,17 @@ class Lowerer:
         return function
 
 
-def _static_shapes(inputs: Sequence[Any]) -> AbstractContextManager[object]:
-    """What Dynamo would have around a compilation, with every size fixed.
+def _as_dynamo_gives_them(inputs: Sequence[Any], stack: ExitStack) -> Sequence[Any]:
+    """``inputs`` as fake tensors of fixed sizes, in what Dynamo has around a compilation, until ``stack`` is left.
 
-    Inductor looks into its cache on disk only where there is a shape environment, though it be empty.
+    Inductor looks into its caches on disk only where there is a shape environment, though it be empty; and it takes the
+    sizes of real tensors for open ones then.
     """
     if torch._guards.TracingContext.try_get() is not None or any(isinstance(x, FakeTensor) for x in inputs):
-        return nullcontext()  # Dynamo's own, where sizes are open; fake tensors bring theirs
+        return inputs  # Dynamo's own, where sizes are open; fake tensors bring their mode
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    return torch._guards.tracing(torch._guards.TracingContext(mode))
+    stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(mode)))
+    return [mode.from_tensor(x, static_shapes=True) if isinstance(x, torch.Tensor) else x for x in inputs]
 
 
 def _tell_tensors(gm: fx.GraphModule) -> None:
