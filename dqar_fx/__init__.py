@@ -1,10 +1,14 @@
 """Attention reuse across denoising steps as a ``torch.compile`` pass (DQAR), for diffusion transformers.
 
-model = dqar_fx.optimize(pipe.transformer, dqar_fx.Schedule.interval(50, every=3), scheduler=pipe.scheduler)
+model = dqar_fx.optimize(pipe.transformer, dqar_fx.Schedule.taper(50), scheduler=pipe.scheduler)
 """
 
 import importlib
 from types import ModuleType
+
+from dqar_fx import supported
+
+supported.check_torch()  # before what an older torch would fail in
 
 from dqar_fx import metrics
 from dqar_fx.balance import Balance

@@ -52,8 +52,10 @@ def tune(
     with nothing reused, with all read, and every different step of the schedule, with the sites that are left. If the
     schedule is slower than nothing reused, beyond noise by the same rule, no site is kept.
 
-    The model must not be optimised or compiled yet, and is left as it was. It is called some
-    ``rounds`` times the number of different steps, under ``torch.no_grad``. No gates are asked.
+    The model must not be optimised or compiled yet, and is left as it was. It is called some ``rounds`` times the
+    number of different steps, under ``torch.no_grad``. No gates are asked. What a generation computes once and keeps
+    (``graph.hoist``) is computed at every step here, so that steps of a model with a prompt take a little longer than
+    they will, and a cross-attention seems to save its keys and values as well.
 
     Args:
         model: what ``optimize`` takes.
@@ -67,24 +69,19 @@ def tune(
         TuningError: ``inputs`` are no arguments, fewer than 3 rounds, or the model ran outside of its graphs.
         CaptureError, PlanError, RuntimeStateError: as ``optimize``, and at the first call.
     """
-    return compare(
-        model, inputs, schedule=schedule, cache=cache, backend=backend, mode=mode, options=options, dynamic=dynamic,
-        rounds=rounds, progress=progress, choose=True,
-    )  # fmt: skip
+    settings = Settings(cache=cache, backend=backend, mode=mode, options=options, dynamic=dynamic)
+    schedule = Schedule.taper() if schedule is None else schedule
+    return compare(model, inputs, schedule, settings, rounds=rounds, tell=progress or _silently, choose=True)
 
 
 def compare(
     model: nn.Module,
     inputs: Mapping[str, Any] | tuple[Any, ...],
+    schedule: Schedule | Plan,
+    settings: Settings,
     *,
-    schedule: Schedule | Plan | None = None,
-    cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen
-    backend: str | Callable[..., Any] = "inductor",
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    dynamic: bool | None = None,
-    rounds: int = ROUNDS,
-    progress: Callable[[str], object] | None = None,
+    rounds: int,
+    tell: Callable[[str], object],
     choose: bool,
     eager: bool = False,
 ) -> Tuning:
@@ -97,15 +94,14 @@ def compare(
     args, kwargs = call_arguments(inputs, TuningError)
     if type(rounds) is not int or rounds < FEWEST_ROUNDS:
         raise TuningError(f"rounds is {rounds!r}. Give at least {FEWEST_ROUNDS}: fewer have no median to trust.")
-    schedule = Schedule.taper() if schedule is None else schedule
     runtime = make_runtime(
-        schedule=schedule, cache=cache, backend=backend, mode=mode, options=options, dynamic=dynamic
-    )  # checks them; lends its lowerer
+        schedule=schedule, cache=settings.cache, backend=settings.backend, mode=settings.mode,
+        options=settings.options, dynamic=settings.dynamic,
+    )  # fmt: skip  # checks them; lends its lowerer
     with torch.no_grad():
         return measure(
-            model, args, kwargs, schedule=schedule, num_steps=None, lowerer=runtime.lowerer, variants={},
-            settings=Settings(cache=cache, backend=backend, mode=mode, options=options, dynamic=dynamic),
-            rounds=rounds, baseline=True, eager=eager, choose=choose, tell=progress or _silently,
+            model, args, kwargs, schedule=schedule, num_steps=None, settings=settings, lowerer=runtime.lowerer,
+            variants={}, rounds=rounds, baseline=True, eager=eager, choose=choose, tell=tell,
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Set before anything is captured, since Dynamo guards on it.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(Path(__file__).parent).as_posix() in SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing is captured before, nor left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_inference(fresh_dynamo: None) -> Iterator[None]:
+    """The same, seeded and without gradients."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield

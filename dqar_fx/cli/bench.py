@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from dqar_fx.explanation import build_model, read_config
     from dqar_fx.graph.inspect import describe
     from dqar_fx.tune import compare
+    from dqar_fx.tuning.measure import Settings
 
     if args.threads is not None:
         if args.threads < 1:
@@ -68,10 +69,8 @@ def run(args: argparse.Namespace) -> int:
             progress.tell(text)
             progress.advance()
 
-        tuning = compare(
-            model, inputs, schedule=schedule, cache=cache, backend=args.backend, mode=args.mode, rounds=args.rounds,
-            progress=tell, choose=args.tune, eager=True,
-        )  # fmt: skip
+        settings = Settings(cache=cache, backend=args.backend, mode=args.mode, options=None, dynamic=None)
+        tuning = compare(model, inputs, schedule, settings, rounds=args.rounds, tell=tell, choose=args.tune, eager=True)
     parameters = sum(p.numel() for p in model.parameters())
     record: dict[str, Any] = {
         "name": args.model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -21,11 +21,8 @@ WIDTH = 16
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+def _fresh(fresh_inference: None) -> None:
+    """Every test here captures."""
 
 
 def capture(model: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.GraphModule:

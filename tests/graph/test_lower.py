@@ -8,11 +8,13 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
+from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -302,6 +304,23 @@ def test_all_sizes_share_one_compilation_where_dynamo_can_trace() -> None:
         (result,) = lowerer.lower(piece, given)(list(given))
         assert equal(result, scaled(x))
     assert len(backend.graphs) == lowerer.count == 1
+
+
+def test_pieces_are_compiled_for_the_sizes_they_are_given() -> None:
+    """Inductor makes open sizes of real tensors' wherever there is a shape environment: twice the time to compile."""
+    sizes: list[object] = []
+
+    def watch(self: GraphLowering, gm: fx.GraphModule, *args: Any, **kwargs: Any) -> None:
+        values = [n.meta["val"] for n in gm.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+        sizes.extend(size for value in values for size in (*value.shape, *value.stride()))
+        start(self, gm, *args, **kwargs)
+
+    start = GraphLowering.__init__
+    with fresh_cache(), mock.patch.object(GraphLowering, "__init__", watch):
+        lowered = Lowerer(resolve_backend("inductor")).lower(variant(double, X), [X])
+    torch.testing.assert_close(lowered([X])[0], double(X)[0])
+    assert {3, 4} <= set(sizes)
+    assert all(type(size) is int for size in sizes)
 
 
 def test_a_second_process_finds_every_piece_on_disk() -> None:

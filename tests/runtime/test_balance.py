@@ -20,12 +20,7 @@ from tests.models import make_dit, sample
 from tests.models import replaying as replaying_outputs
 from tests.runtime.test_keys_values import by_schedule, sampled
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def largest(x: Tensor, dim: int) -> Tensor:

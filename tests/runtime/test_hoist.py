@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -39,13 +39,7 @@ PROJECTIONS = {
 CASES: dict[str, Case] = {**images.CASES, **videos.CASES}
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_inference")
 
 
 def optimized(model: nn.Module, schedule: Schedule = SCHEDULE, **cache: Any) -> nn.Module:

@@ -36,11 +36,7 @@ by_schedule = functools.partial(CacheConfig, "kv", lossless=False)
 KV = by_schedule("native")
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def sampled(family: Family, model: nn.Module, **settings: Any) -> Tensor:
