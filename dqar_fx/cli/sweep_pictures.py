@@ -108,7 +108,7 @@ def steps(rows: Sequence[Row]) -> Figure | None:
     figure, (axes,) = _new(height=1.2 + 0.26 * len(best))
     table = np.array([row["reuse_by_step"] for row in best])
     axes.imshow(table, aspect="auto", cmap="Greys", vmin=0, vmax=1.25, interpolation="nearest")
-    axes.set_yticks(range(len(best)), [name_of(row) for row in best], fontsize=7)
+    axes.set_yticks(range(len(best)), [name_of(row, short=True) for row in best], fontsize=8)
     axes.set(xlabel="step")
     axes.spines[:].set_visible(False)
     return figure
@@ -125,15 +125,15 @@ def bars(rows: Sequence[Row]) -> Figure | None:
     measured = [row["measured_speedup"] for row in best]
     spread = [row.get("measured_speedups") or [row["measured_speedup"]] for row in best]
     around = [
-        [middle - min(each) for middle, each in zip(measured, spread, strict=True)],
-        [max(each) - middle for middle, each in zip(measured, spread, strict=True)],
+        [middle - min(middle, *each) for middle, each in zip(measured, spread, strict=True)],
+        [max(middle, *each) - middle for middle, each in zip(measured, spread, strict=True)],
     ]
     axes.barh(
-        places, measured, height=0.4, color="#0072B2", label="measured (line: single pairs)", xerr=around,
+        places, measured, height=0.4, color="#0072B2", label="measured (line: single runs)", xerr=around,
         error_kw={"ecolor": DARK, "capsize": 2},
     )  # fmt: skip
     axes.axvline(1, color=DARK, linewidth=0.8, linestyle=":")
-    axes.set_yticks(places, [name_of(row) for row in best], fontsize=7)
+    axes.set_yticks(places, [name_of(row, short=True) for row in best], fontsize=8)
     axes.set(xlabel="times as fast as the baseline", xlim=(0, None))
     figure.legend(loc="outside upper right", ncols=2, frameon=False)
     return figure

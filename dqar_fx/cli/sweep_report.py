@@ -173,7 +173,7 @@ def _page(rows: Sequence[Row], settings: Mapping[str, Any], sections: Sequence[s
         f"<h1>Attention reuse: {len(rows)} configurations of {html.escape(str(settings['model']))}</h1>"
         f"<p>{html.escape(origin)}</p>{''.join(sections)}<h2>All of them</h2><p>{distance}Shaded: no other saves as "
         f"much at a higher PSNR. <em>measured</em>: seconds of a generation against one of the baseline right after "
-        f"it, median of up to {PAIRS} pairs. Click a heading to sort.</p>"
+        f"it, each step the median of up to {PAIRS} runs. Click a heading to sort.</p>"
         f"<div class=wide><table id=all><thead><tr>{head}</tr></thead><tbody>"
         f"{''.join(body)}</tbody></table></div><script>{_SCRIPT}</script></html>\n"
     )

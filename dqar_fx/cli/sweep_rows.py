@@ -9,7 +9,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 #: How many generations of a configuration are timed, each beside one of the baseline.
-PAIRS = 3
+PAIRS = 4
 #: Folder, beside the records, of the first images of each.
 IMAGES = "images"
 

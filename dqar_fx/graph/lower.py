@@ -6,7 +6,6 @@ trip over Dynamo's shape environment, and most (piece, outcome) pairs of a sched
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import time
@@ -20,6 +19,7 @@ from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from dqar_fx.graph.calling import BoxedCallable, boxed, direct, needs_nothing_around
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.compile_line import compile_line
 from dqar_fx.graph.effects import finds_size
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 _NO_ASSERTS = {"size_asserts": False, "alignment_asserts": False}
 
-#: Takes a list of arguments, which it may empty, and returns the outputs.
-BoxedCallable = Callable[[list[Any]], Sequence[Any]]
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
@@ -87,7 +85,9 @@ class Lowerer:
     def __init__(self, backend: Backend, *, dynamic: bool = False) -> None:
         self._backend = backend
         self._dynamic = dynamic
+        self._is_inductor = isinstance(backend, torch._TorchCompileInductorWrapper)
         self._compiled: dict[tuple[int, Hashable], BoxedCallable] = {}
+        self._direct: dict[BoxedCallable, BoxedCallable] = {}
         self._variants: list[Variant] = []  # keeps the ids in the keys unique
         self._lock = threading.RLock()
         self._count = 0
@@ -108,6 +108,10 @@ class Lowerer:
     def lower(self, variant: Variant, arguments: Sequence[Any]) -> BoxedCallable:
         """The compiled form of ``variant`` for arguments like these (shapes, strides, dtypes, devices)."""
         return self._lower(variant, arguments, sizes=not self._dynamic)
+
+    def direct(self, compiled: BoxedCallable) -> BoxedCallable:
+        """What may be called from the second call on in place of ``compiled``, which ``lower`` returned."""
+        return self._direct.get(compiled, compiled)
 
     def _lower(self, variant: Variant, arguments: Sequence[Any], *, sizes: bool) -> BoxedCallable:
         key = (id(variant), signature(arguments, sizes=sizes))
@@ -138,10 +142,21 @@ class Lowerer:
             self._count += 1
             compiled: BoxedCallable = lambda given: gm.forward(*given)  # noqa: E731  # one of three
         elif sizes:
-            function = self._counted(gm, [a for i, a in enumerate(arguments) if i not in numbers])
+            tensors = [a for i, a in enumerate(arguments) if i not in numbers]
+            # (With numbers among the arguments, positions would not be what they were.)
+            bare = (
+                self._is_inductor
+                and not self.overwrites_results
+                and not numbers
+                and needs_nothing_around(gm, tensors, len(variant.inputs))
+            )
+            function = self._counted(gm, tensors)
             # With parameters of its own (a higher-order operator's body) only the outer function knows to pass them.
             own = any(True for _ in gm.parameters()) or any(True for _ in gm.buffers())
             compiled = (lambda given: function(*given)) if own else boxed(function)
+            if bare and not own:
+                results = len(next(n for n in gm.graph.nodes if n.op == "output").args[0])
+                self._direct[compiled] = direct(function, results) or compiled
         else:
             compiled = self._for_all_sizes(variant, gm)
         if not numbers:
@@ -179,7 +194,7 @@ class Lowerer:
     def _counted(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         started = time.perf_counter()
         with compile_line(self._count + 1, self.seconds), ExitStack() as stack:
-            if isinstance(self._backend, torch._TorchCompileInductorWrapper):
+            if self._is_inductor:
                 inputs = _as_dynamo_gives_them(inputs, stack)
             function = self._backend(gm, inputs)
         seconds = time.perf_counter() - started
@@ -226,18 +241,3 @@ def _bake_numbers(gm: fx.GraphModule, arguments: Sequence[Any]) -> frozenset[int
         gm.graph.erase_node(node)
     gm.recompile()
     return frozenset(i for i, _ in numbers.values())
-
-
-def boxed(function: Callable[..., Any]) -> BoxedCallable:
-    """``function(*arguments)`` as a callable of one list of arguments.
-
-    What AOTAutograd compiles takes a list that it empties, so that an argument is freed as soon as it is not needed;
-    what it hands out wraps that in a function of ``*args``, which keeps every argument alive until the end (and costs
-    twice the host time). Take the inner one where there is one; functions that take ``*args`` are told by their code.
-    """
-    inner: Any = function
-    while inspect.isfunction(inner) and inner.__code__.co_flags & inspect.CO_VARARGS:
-        inner = inner.__dict__.get("__wrapped__")
-    if inspect.isfunction(inner) and inner.__code__.co_argcount == 1 and getattr(inner, "_boxed_call", False):
-        return inner
-    return lambda arguments: function(*arguments)

@@ -14,12 +14,13 @@ from torch import fx
 
 from dqar_fx.config import CacheConfig
 from dqar_fx.graph.balancing import settle_balance
+from dqar_fx.graph.calling import BoxedCallable
 from dqar_fx.graph.capture import is_parameter, lift_constants, source_name, unwrap_scalars
 from dqar_fx.graph.effects import has_late_size, must_keep, storages, written
 from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_sites
 from dqar_fx.graph.hoist import Hoisted, hoist, number
 from dqar_fx.graph.lossless import Constant
-from dqar_fx.graph.lower import BoxedCallable, Lowerer
+from dqar_fx.graph.lower import Lowerer
 from dqar_fx.graph.measure import can_tell_entropy
 from dqar_fx.graph.partition import Piece, block_labels, partition
 from dqar_fx.graph.share import share_repeated
@@ -85,10 +86,15 @@ class Program:
     #: (compiled piece, what gathers its arguments, result registers, registers to free)
     compiled: list[tuple[BoxedCallable, _Gather, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     buffers: tuple[Transfer, ...] = field(init=False)
+    #: Of these, the sites' own values, ready for the loop of every step: (register, site, exit, part); and the others.
+    own: tuple[tuple[int, int, int, int], ...] = field(init=False)
+    others: tuple[Transfer, ...] = field(init=False)
     found: tuple[tuple[int, int, int, int], ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.buffers = tuple(each for step in self.steps for each in step.transfers)
+        self.own = tuple((use.register, use.site, use.exit, use.part) for use in self.buffers if use.exit >= 0)
+        self.others = tuple(use for use in self.buffers if use.exit < 0)
         self.found = tuple(each for step in self.steps for each in step.found)
 
     @property
@@ -104,8 +110,13 @@ class Program:
         """Put the stored tensors that this program reads and writes into place; allocates what is missing."""
         if store is None:
             return
-        for use in self.buffers:
-            if not store.on_host or use.exit == MEASUREMENTS:  # the others are brought when a piece needs them
+        if not store.on_host:  # or they are brought when a piece needs them
+            buffers = store.buffers
+            for register, site, index, part in self.own:
+                mine = buffers[site]
+                registers[register] = (store.of(site) if mine is None else mine)[index][part]
+        for use in self.others:
+            if not store.on_host or use.exit == MEASUREMENTS:
                 registers[use.register] = store.tensor(use.site, use.exit, use.part)
 
     def keep(self, registers: Sequence[Any], store: Store | None) -> None:
@@ -392,7 +403,7 @@ class CapturedGraph:
                 registers[i] = value
             if copies is not None:
                 copies.take(index, registers)
-            compiled.append((function, step.gather, step.results, freed))
+            compiled.append((self._lowerer.direct(function), step.gather, step.results, freed))
         program.compiled = compiled  # only now: an exception on the way leaves the program to be built again
 
     def _function(self, step: _Step, modes: _Modes, given: Sequence[Any]) -> BoxedCallable:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dqar_fx.graph.lower import BoxedCallable
+from dqar_fx.graph.calling import BoxedCallable
 
 #: Half the width of a notch is so many quartile ranges over the root of the number of values: medians whose notches do
 #: not overlap differ at about the 95 % level, however the values are distributed (McGill, Tukey and Larsen,

@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import dqar_fx
 from dqar_fx import Schedule
 from dqar_fx.graph.capture import readable
-from dqar_fx.graph.lower import Lowerer, boxed, resolve_backend, signature
+from dqar_fx.graph.lower import Lowerer, resolve_backend, signature
 from dqar_fx.graph.specialise import Variant
 from tests.graph.conftest import capture_call, equal, ops, traced
 from tests.models import NUM_STEPS, make_dit, sample
@@ -224,40 +224,6 @@ def test_a_boxed_function_frees_its_arguments_while_it_runs(backend: str) -> Non
     assert arguments == []
     assert alive() is None
     torch.testing.assert_close(result, expected)
-
-
-def test_a_plain_function_is_called_with_its_arguments() -> None:
-    assert boxed(lambda x, y: (x - y,))([3, 1]) == (2,)
-
-    def boxed_by_name(x: int, y: int) -> tuple[int]:
-        return (x - y,)
-
-    boxed_by_name._boxed_call = True  # type: ignore[attr-defined]  # a name is not enough: it takes two arguments
-    assert boxed(boxed_by_name)([3, 1]) == (2,)
-
-    def wrapper(*args: int) -> tuple[int, ...]:
-        return args
-
-    wrapper.__wrapped__ = boxed_by_name  # type: ignore[attr-defined]
-    assert boxed(wrapper)([3, 1]) == (3, 1)
-
-
-def test_a_boxed_function_behind_wrappers_is_found() -> None:
-    def inner(arguments: list[int]) -> tuple[int, ...]:
-        taken = tuple(arguments)
-        arguments.clear()
-        return taken
-
-    inner._boxed_call = True  # type: ignore[attr-defined]
-
-    def middle(*args: int) -> tuple[int, ...]:
-        return inner(list(args))
-
-    def outer(*args: int) -> tuple[int, ...]:
-        return middle(*args)
-
-    middle.__wrapped__, outer.__wrapped__ = inner, middle  # type: ignore[attr-defined]
-    assert boxed(outer) is inner
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
