@@ -1,4 +1,4 @@
-"""What every benchmark shares: alternating timed calls, peak memory, one JSON record per row, one table."""
+"""What every benchmark shares: timed calls, peak memory, one JSON record per row, one table."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from tabulate import tabulate
 
 from dqar_fx.evaluation.memory import peak_mib
-from dqar_fx.tuning.timing import alternate, interquartile, timed
+from dqar_fx.tuning.timing import interquartile, timed
 
 __all__ = [
-    "RESULTS", "alternate", "commit", "finish", "interquartile", "machine", "median", "peak_mib", "relative_error",
+    "RESULTS", "commit", "finish", "interquartile", "machine", "median", "peak_mib", "relative_error",
     "timed",
 ]  # fmt: skip
 

@@ -1,6 +1,6 @@
 """What the rewritten graphs cost and save in one step, against the compiled model and against the ideal.
 
-Six contenders, same weights and inputs, called in turn in one process: the eager model, ``torch.compile``, dqar_fx with
+Six contenders, same weights and inputs, taking turns in one process: the eager model, ``torch.compile``, dqar_fx with
 nothing reused, with everything computed and stored, with everything reused, and the *ideal*: a compiled model whose
 attention modules return a constant (what reuse would cost if the cache cost nothing).
 
@@ -29,6 +29,8 @@ MODELS = {
     "kernel": {"layers": 6, "heads": 6, "head_dim": 64, "size": 32, "batch": 2},
     "host": {"layers": 28, "heads": 1, "head_dim": 16, "size": 4, "batch": 2},
 }
+#: Two cases of one model.
+TOGETHER = ("all computed + stored", "all reused")
 COLUMNS = (
     "model", "case", "median_ms", "iqr_ms", "vs_compile", "vs_ideal", "compile_s", "peak_mib", "cache_kib",
     "rel_l2_error", "runs",
@@ -76,8 +78,26 @@ def returning_constant(module: nn.Module) -> Callable[..., Any]:
     return forward
 
 
+def in_bursts(
+    calls: dict[str, Callable[[], torch.Tensor]], rounds: int, burst: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Milliseconds of the calls, which take turns: each ``burst`` times in a row, as a generation calls its model.
+
+    Called once each, every model would find the processor's caches full of the others'. The two cases of one model,
+    which compute and reuse at every other step, take turns within theirs.
+    """
+    times: dict[str, list[float]] = {case: [] for case in calls}
+    groups = [[case] for case in calls if case not in TOGETHER] + [list(TOGETHER)]
+    for done in range(0, rounds, burst):
+        for group in groups:
+            for _ in range(min(burst, rounds - done)):
+                for case in group:
+                    times[case].append(common.timed(calls[case], device))
+    return times
+
+
 def measure(
-    name: str, rounds: int, device: torch.device, dtype: torch.dtype, cache: dqar_fx.CacheConfig
+    name: str, rounds: int, burst: int, device: torch.device, dtype: torch.dtype, cache: dqar_fx.CacheConfig
 ) -> list[dict[str, Any]]:
     """One row for each contender, all of them on the model called ``name``."""
     shape = MODELS[name]
@@ -122,7 +142,7 @@ def measure(
     for _ in range(3):
         for function in calls.values():
             function()
-    times = common.alternate(calls, rounds, device)
+    times = in_bursts(calls, rounds, burst, device)
     peaks = {case: common.peak_mib(function, device) for case, function in calls.items()}
     reference = call(model, 0)
     errors: dict[str, float | None] = {
@@ -144,7 +164,8 @@ def measure(
             f"{batch} x {(shape['size'] // 2) ** 2} tokens",
             "shape": list(inputs["hidden_states"].shape), "dtype": str(dtype), "steps": steps,
             "reused": case == "all reused", "median_ms": common.median(times[case]),
-            "iqr_ms": common.interquartile(times[case]), "runs": rounds, "compile_s": round(compile_seconds[case], 2),
+            "iqr_ms": common.interquartile(times[case]), "runs": rounds, "burst": burst,
+            "compile_s": round(compile_seconds[case], 2),
             "vs_compile": common.median(times[case]) / base, "vs_ideal": common.median(times[case]) / best,
             "peak_mib": peaks[case], "cache_kib": cache_kib if case in ("all reused", "all computed + stored") else 0.0,
             "rel_l2_error": errors.get(case),
@@ -158,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=100, help="timed calls of each contender")
+    parser.add_argument("--burst", type=int, default=10, help="calls of one contender before the next one's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--cache", default="int8", help="int8, native, int8:channel, ...")
@@ -167,7 +189,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for name in args.models:
         torch._dynamo.reset()
-        rows += measure(name, args.rounds, device, getattr(torch, args.dtype), dqar_fx.CacheConfig.parse(args.cache))
+        rows += measure(
+            name, args.rounds, args.burst, device, getattr(torch, args.dtype), dqar_fx.CacheConfig.parse(args.cache)
+        )
     common.finish(rows, COLUMNS, device, args.output)
 
 

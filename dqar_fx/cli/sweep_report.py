@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dqar_fx.cli import sweep_pictures
-from dqar_fx.cli.sweep_rows import PAIRS, Row, name_of, number, on_the_front
+from dqar_fx.cli.sweep_rows import PAIRS, Row, name_of, number, on_the_front, short_schedule
 
 PAGE = "report.html"
 #: Rows in the printed table; the page and the file have all.
@@ -106,7 +106,8 @@ def _stores(rows: Sequence[Row]) -> list[str]:
     schedules = [s for s in dict.fromkeys(s for s, _ in tried) if sum((s, c) in tried for c in caches) > 1]
     if not schedules:
         return []
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("PSNR, dB (speed-up in FLOP)", *schedules))
+    names = ["PSNR, dB (speed-up in FLOP)", *map(short_schedule, schedules)]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = []
     for cache in caches:
         cells = [f"<td>{html.escape(cache)}</td>"]
@@ -155,7 +156,7 @@ def _page(rows: Sequence[Row], settings: Mapping[str, Any], sections: Sequence[s
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("configuration", *(name for name, _, _ in COLUMNS)))
     body = []
     for row in sorted(rows, key=lambda row: -row["flop_speedup"]):
-        cells = [f"<td>{html.escape(name_of(row))}</td>"]
+        cells = [f'<td title="{html.escape(name_of(row))}">{html.escape(name_of(row, short=True))}</td>']
         for _, get, form in COLUMNS:
             value = get(row)
             cells.append(f'<td data-value="{value if value is not None else -1}">{_cell(value, form)}</td>')

@@ -26,19 +26,19 @@ def number(row: Row, *names: str) -> float | None:
 
 def name_of(row: Row, *, short: bool = False) -> str:
     """The row as it is called in table and pictures; ``short``: without what is as usual."""
-    schedule = row["schedule"]
-    if short:
-        kind, _, rest = schedule.partition(":")
-        usual = ("steps=", "warmup=0.0", "deep_first=False", "refresh=None")
-        kept = [
-            part
-            for part in rest.split(",")
-            if not part.startswith(usual) and (kind, part) != ("interval", "fraction=1.0")
-        ]
-        schedule = f"{kind}({', '.join(kept)})" if kept else kind
+    schedule = short_schedule(row["schedule"]) if short else row["schedule"]
     cache = [] if short and row["cache"] == "int8:token" else [row["cache"]]
     gates = [] if row["gates"] == "none" else [row["gates"]]
     return " | ".join([schedule, *cache, *gates])
+
+
+def short_schedule(text: str) -> str:
+    """``taper:steps=50,first=8.0,warmup=0.0`` -> ``taper(first=8.0)``: without what is as usual."""
+    kind, _, rest = text.partition(":")
+    usual = ("steps=", "warmup=0.0", "deep_first=False", "refresh=None")
+    parts = [part for part in rest.split(",") if part and not part.startswith(usual)]
+    kept = [part for part in parts if (kind, part) != ("interval", "fraction=1.0")]
+    return f"{kind}({', '.join(kept)})" if kept else kind
 
 
 def on_the_front(rows: Sequence[Row]) -> set[str]:
