@@ -45,7 +45,8 @@ def save_compiled(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...],
     Args:
         model: what ``optimize`` takes, in eval mode; one graph, without hooks.
         inputs: the arguments of one call as the sampling loop will make it, by name or in order. Calls are told apart
-            by shapes, strides, dtypes and devices of tensors, and by the value of anything else.
+            by shapes, strides, dtypes and devices of tensors, and by the value of anything else. The number of threads
+            of torch has to be the same, too, as Dynamo guards on it.
         path: of the file; replaced at once when it is complete.
 
     Returns:
@@ -80,12 +81,11 @@ def save_compiled(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...],
         "structure": structure(model),
         "sources": files,
         "call": looks,
-        "bytes": len(body),
-        "sha256": hashlib.sha256(body).hexdigest(),
     }
+    rest = json.dumps(head).encode() + b"\n" + body
+    data = b"\n".join((FORMAT, hashlib.sha256(rest).hexdigest().encode(), rest))
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    data = b"\n".join((FORMAT, json.dumps(head).encode(), body))
     write(target, lambda file: file.write_bytes(data))
     return target
 
@@ -93,8 +93,9 @@ def save_compiled(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...],
 def load_compiled(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Give an optimised model the capture that ``save_compiled`` wrote, before its first call.
 
-    The first call that looks like the saved one then does not trace. All other calls (other shapes, dtypes or devices,
-    another mode, LoRA, other processors) are captured by ``torch.compile`` as ever.
+    The first call that looks like the saved one then does not trace (with ``sites="auto"`` it does, to measure). All
+    other calls (other shapes, dtypes or devices, another mode, LoRA, other processors) are captured by
+    ``torch.compile`` as ever.
 
     What is checked when:
 
@@ -172,16 +173,13 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     kind, _, rest = path.read_bytes().partition(b"\n")
     if kind != FORMAT:
         raise SavedError(f"{path} is no saved capture. Give the path of a file that dqar_fx.save_compiled wrote.")
+    digest, _, rest = rest.partition(b"\n")
+    if hashlib.sha256(rest).hexdigest().encode() != digest:
+        raise SavedError(f"{path} is damaged: it is not as it was written. Save it anew.")
     line, _, body = rest.partition(b"\n")
-    try:
-        head = json.loads(line)
-        version, nbytes, digest = head["version"], head["bytes"], head["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SavedError(f"{path} is damaged: its head cannot be read ({error}). Save it anew.") from error
-    if version != VERSION:
+    head = json.loads(line)
+    if head["version"] != VERSION:
         raise SavedError(
-            f"{path} is of version {version} of the format, and this dqar_fx reads {VERSION}. Save it anew."
+            f"{path} is of version {head['version']} of the format, and this dqar_fx reads {VERSION}. Save it anew."
         )
-    if len(body) != nbytes or hashlib.sha256(body).hexdigest() != digest:
-        raise SavedError(f"{path} is damaged: {len(body)} bytes of {nbytes}, or others. Save it anew.")
     return head, body

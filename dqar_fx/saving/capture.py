@@ -22,7 +22,7 @@ from torch._dynamo.package import SerializedCode
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
 from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 from torch._guards import CompileContext, compile_context
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 from torch.utils.hooks import RemovableHandle
 
 from dqar_fx.backend import CaptureBackend
@@ -74,13 +74,18 @@ def forward_of(model: nn.Module) -> types.FunctionType:
     return function
 
 
+def signature_of(function: types.FunctionType) -> inspect.Signature:
+    """Of the function itself, where it wraps another one: its local variables are what Dynamo's guards begin with."""
+    return inspect.signature(function, follow_wrapped=False)
+
+
 def arguments_of(function: types.FunctionType, model: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """The local variables that a call of ``function`` begins with.
 
     Raises:
         TypeError: it does not take these arguments.
     """
-    bound = inspect.signature(function).bind(model, *args, **kwargs)
+    bound = signature_of(function).bind(model, *args, **kwargs)
     bound.apply_defaults()
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return {**{name: cell.cell_contents for name, cell in cells}, **bound.arguments}
@@ -132,7 +137,12 @@ def make_capture(
         if given is None:
             raise SavedError(f"{type(model).__name__} computes nothing with these inputs.")
         files = sources(out.traced_code, model)
-        record = guards.record_guards(out, function.__code__)
+        try:
+            record = guards.record_guards(out, function.__code__)
+        except ConstraintViolationError as error:
+            raise SavedError(
+                f"a size of the inputs was marked as dynamic, and only captures of fixed sizes can be saved: {error}"
+            ) from error
         graph = dump_graph(given.graph_module)
         capture = _of_output(out, given.backend_id, graph, record, function)
         # What cannot be used here can be used nowhere.
@@ -207,7 +217,7 @@ class ResumedCall:
     ) -> None:
         self._model = model
         self._function = forward_of(model)
-        self._signature = inspect.signature(self._function)
+        self._signature = signature_of(self._function)
         self._cells = bool(self._function.__closure__)
         self._capture: Capture | None = capture
         self._looks, self._made_of = looks, made_of
@@ -224,11 +234,12 @@ class ResumedCall:
         if self._capture is not None:
             with self._lock:
                 self._begin(args, kwargs)
-        if self._run is not None:
-            if RemovableHandle.next_id != self._handles:
-                self._look_for_hooks()
-            if getattr(model.forward, "__func__", None) is self._function and self._fits(args, kwargs):
-                return self._run(model, *args, **kwargs)
+        run = self._run
+        if run is not None:
+            if RemovableHandle.next_id != self._handles and self._is_hooked():
+                self._run = None
+            elif getattr(model.forward, "__func__", None) is self._function and self._fits(args, kwargs):
+                return run(model, *args, **kwargs)
         return self._usual(*args, **kwargs)
 
     def _fits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -244,11 +255,10 @@ class ResumedCall:
             scope = arguments_of(self._function, self._model, args, kwargs)
         return bool(self._manager.guard_manager.check(scope))
 
-    def _look_for_hooks(self) -> None:
-        """Somewhere a hook was registered, which no guard sees: if it is here, the capture is of another model."""
+    def _is_hooked(self) -> bool:
+        """Somewhere a hook was registered, which no guard sees: True if it is here, and the capture of no use."""
         self._handles = RemovableHandle.next_id
-        if hooked(self._model):
-            self._run = None
+        return bool(hooked(self._model))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Put up guards and graph, if this call is like the one that was saved."""

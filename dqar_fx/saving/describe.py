@@ -5,11 +5,11 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
-import inspect
 import types
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,17 +21,20 @@ _TORCH = (
 #: Functions that are part of a class or of C, and told by their name.
 _BUILT_IN = (
     types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType,
-    types.ClassMethodDescriptorType,
+    types.ClassMethodDescriptorType, np.ufunc,
 )  # fmt: skip
 _CACHED = type(functools.lru_cache(lambda: None))
 _CALLABLES = (types.FunctionType, types.MethodType, types.CodeType, _CACHED, *_BUILT_IN)
+#: What Python notes down for a class as it goes.
+_UNTOLD = frozenset({"__doc__", "__annotations__", "__annotate__", "__abstractmethods__", "__static_attributes__"})
 #: Containers within containers that are looked into; none that a forward reads is deeper.
 _DEPTH = 6
 
 
 def name_of(kind: Any) -> str:
     """Module and qualified name of a class or a function."""
-    return f"{getattr(kind, '__module__', None)}.{getattr(kind, '__qualname__', kind)}"
+    name = getattr(kind, "__qualname__", None) or kind.__name__
+    return f"{getattr(kind, '__module__', None)}.{name}"
 
 
 def is_opaque(value: object) -> bool:
@@ -50,7 +53,7 @@ def describe(value: object, depth: int = _DEPTH) -> str:
 
     Modules and other objects are told by their class alone; so is what lies deeper than ``depth`` containers.
     """
-    kind = name_of(type(value))
+    kind = name_of(type(value)).removeprefix("builtins.")
     if isinstance(value, enum.Enum):
         return f"{kind}.{value.name}"
     if isinstance(value, (*_PLAIN, *_TORCH)):
@@ -82,17 +85,18 @@ def describe(value: object, depth: int = _DEPTH) -> str:
 
 
 def describe_class(kind: type) -> str:
-    """A class by its name and the code of all that it and its bases define: methods that were replaced show."""
+    """A class by its name and all that it and its bases define: methods and settings that were replaced show."""
     digest = hashlib.sha256()
     for base in kind.__mro__:
         if base in (nn.Module, object):
             break
         for name, value in sorted(vars(base).items()):
-            inner = inspect.unwrap(value) if callable(value) else getattr(value, "__func__", value)
-            if isinstance(value, property):
-                inner = value.fget
-            if isinstance(inner, types.FunctionType):
-                digest.update(f"{name} {code_digest(inner.__code__)};".encode())
+            inner: Any = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            while hasattr(inner, "__wrapped__"):
+                digest.update(f"{name} {describe(inner)};".encode())
+                inner = inner.__wrapped__
+            if not is_opaque(inner) and name not in _UNTOLD:
+                digest.update(f"{name} {describe(inner)};".encode())
     return f"{name_of(kind)} {digest.hexdigest()[:16]}"
 
 

@@ -113,7 +113,8 @@ def _all_looks(node: fx.Node, storages: dict[Any, int]) -> Any:
 
 
 def _looks(value: Tensor, node: fx.Node, storages: dict[Any, int]) -> _Value:
-    if value.layout != torch.strided or type(value) not in (FakeTensor, torch.nn.Parameter, Tensor):
+    plain = value.layout == torch.strided and type(value) in (FakeTensor, torch.nn.Parameter)
+    if not plain or torch._C._functorch.is_functorch_wrapped_tensor(value):
         raise SavedError(
             f"the captured graph has a value that is no plain tensor ({node.name}, a {type(value).__name__}, "
             f"{value.layout}). Such a model cannot be saved."
