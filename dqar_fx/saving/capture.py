@@ -156,7 +156,7 @@ def make_capture(
         if not manager.guard_manager.check(scope):
             raise SavedError(
                 f"the guards of the capture refuse the very call that it was made from: "
-                f"{manager.guard_manager.check_verbose(scope)}."
+                f"{guards.refusal(manager, scope)}."
             )
     return capture, looks_of(scope), files
 
@@ -276,7 +276,7 @@ class ResumedCall:
             if not why:
                 self._manager = _put_up(capture, self._function, scope)
                 if not self._manager.guard_manager.check(scope):
-                    why = str(self._manager.guard_manager.check_verbose(scope))
+                    why = guards.refusal(self._manager, scope)
         except guards.Differs as error:
             why = str(error)
         if not why:

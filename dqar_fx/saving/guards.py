@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
+import textwrap
 import types
 import weakref
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ _OF_KEYS = frozenset({"DICT_CONTAINS", "DICT_NOT_CONTAINS", "SET_CONTAINS", "SET
 #: Kinds of guards behind which Dynamo has taken the object itself for a constant.
 _CONSTANT = frozenset({"ID_MATCH", "EQUALS_MATCH", "CONSTANT_MATCH", "WEAKREF_ALIVE", "OBJECT_MATCH"})
 _MISSING = "nothing"
+#: Characters of a message; a guard on many objects at once names them all.
+_LONGEST = 400
 
 
 class Differs(Exception):
@@ -162,6 +165,12 @@ def rebuild(
         return _Rebuilt(record, code, local_scope, global_scope)
     except (AttributeError, KeyError, IndexError, TypeError, AssertionError) as error:  # a path that leads nowhere
         raise Differs(f"a guard cannot be put up ({type(error).__name__}: {error})") from error
+
+
+def refusal(manager: CheckFunctionManager, scope: dict[str, Any]) -> str:
+    """Which guards refuse a call, in Dynamo's words."""
+    parts = manager.guard_manager.check_verbose(scope).verbose_code_parts
+    return textwrap.shorten("; ".join(parts), _LONGEST)
 
 
 def _description(builder: GuardBuilder, guard: Guard) -> str:
