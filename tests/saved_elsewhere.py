@@ -27,7 +27,10 @@ def generation(family: Family, path: Path | None) -> dict[str, Any]:
         samples = family.sample(model, steps=range(5))
     stats = dqar_fx.runtime(model).stats
     actions = [(d.step, d.site, d.action) for d in stats.decisions]
-    return {"samples": samples, "traced": counters["stats"]["unique_graphs"], "actions": actions}
+    traced = counters["stats"]["unique_graphs"]
+    # Of another size, and so traced in any process: beside a loaded capture, too.
+    other = family.call(model, 0, batch=3)
+    return {"samples": samples, "traced": traced, "actions": actions, "other": other}
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def test_a_second_process_traces_nothing_and_draws_the_same(folder: Path) -> Non
         assert elsewhere[name]["traced"] == 0
         assert torch.equal(elsewhere[name]["samples"], here["samples"])
         assert elsewhere[name]["actions"] == here["actions"]
+        assert torch.equal(elsewhere[name]["other"], here["other"])
         assert "reuse" in {action for _, _, action in here["actions"]}
 
 

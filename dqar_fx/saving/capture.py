@@ -6,7 +6,9 @@ import builtins
 import contextlib
 import importlib
 import inspect
+import itertools
 import pickle
+import secrets
 import threading
 import types
 import warnings
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import convert_frame, eval_frame
+from torch._dynamo import bytecode_transformation, convert_frame, eval_frame
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.package import SerializedCode
 from torch._dynamo.utils import dynamo_timed, get_metrics_context
@@ -42,7 +44,8 @@ class Capture:
         guards: see ``saving.guards``.
         code: what calls the graph and puts its results where the model would return them.
         backend: the name under which that code calls the graph.
-        modules: names that it uses, and the modules behind them.
+        imports: Dynamo's names for modules, which guards begin with, and the modules.
+        modules: names that the code uses besides, and the modules behind them.
         objects: names that it uses, and the module and qualified name of what is behind them.
         builtins_name: the name under which guards look for what is built into Python.
     """
@@ -51,6 +54,7 @@ class Capture:
     guards: guards.GuardRecord
     code: SerializedCode
     backend: str
+    imports: Mapping[str, str]
     modules: Mapping[str, str]
     objects: Mapping[str, tuple[str, str]]
     builtins_name: str | None
@@ -108,6 +112,17 @@ def compiling() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _names_of_its_own() -> Iterator[None]:
+    """Dynamo numbers the names that it adds to the forward's globals from 0: those of another process would clash."""
+    before = bytecode_transformation._unique_id_counter
+    bytecode_transformation._unique_id_counter = itertools.count(secrets.randbits(60))
+    try:
+        yield
+    finally:
+        bytecode_transformation._unique_id_counter = before
+
+
 def make_capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Capture, dict[str, str], dict[str, str]]:
@@ -125,7 +140,7 @@ def make_capture(
         "automatic_dynamic_shapes": False, "assume_static_by_default": True, "capture_dynamic_output_shape_ops": True,
         "capture_scalar_outputs": True,
     }  # fmt: skip
-    with torch.no_grad(), torch._dynamo.config.patch(settings), compiling():
+    with torch.no_grad(), torch._dynamo.config.patch(settings), _names_of_its_own(), compiling():
         try:
             captured = convert_frame.fullgraph_capture(model.forward, args, kwargs)
         except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
@@ -177,8 +192,8 @@ def _of_output(
     out: Any, backend: str, graph: bytes, record: guards.GuardRecord, function: types.FunctionType
 ) -> Capture:
     environment = out.get_runtime_env()
-    modules, objects = dict(environment.import_sources), {}
-    for name in environment.external_refs - modules.keys() - {backend}:
+    modules, objects = {}, {}
+    for name in environment.external_refs - environment.import_sources.keys() - {backend}:
         # Dynamo's own additions to the forward's globals begin with underscores; the others are there in any process.
         if name in vars(builtins) or (name in function.__globals__ and not name.startswith("__")):
             continue
@@ -193,8 +208,8 @@ def _of_output(
                 f"Such a model cannot be saved."
             )
     return Capture(
-        graph, record, SerializedCode.from_code_object(environment.bytecode), backend, modules, objects,
-        record.state["name_of_builtins_dict_key_in_fglobals"],
+        graph, record, SerializedCode.from_code_object(environment.bytecode), backend, dict(environment.import_sources),
+        modules, objects, record.state["name_of_builtins_dict_key_in_fglobals"],
     )  # fmt: skip
 
 
@@ -292,7 +307,10 @@ class ResumedCall:
     def _make(self, capture: Capture) -> Callable[..., Any]:
         """What Dynamo would have put in place of the forward."""
         graph = self._backend(load_graph(capture.graph), ())
-        names = {name: importlib.import_module(module) for name, module in capture.modules.items()}
+        names = {
+            name: importlib.import_module(module)
+            for name, module in (*capture.imports.items(), *capture.modules.items())
+        }
         objects = {name: _find(*place) for name, place in capture.objects.items()}
         code, function = SerializedCode.to_code_object(capture.code), self._function
         run = types.FunctionType(
@@ -314,7 +332,7 @@ class ResumedCall:
 
 def _put_up(capture: Capture, function: types.FunctionType, scope: dict[str, Any]) -> Any:
     """The guards, on the live model; names that Dynamo would add to the forward's globals are added as it does."""
-    for name, module in capture.modules.items():
+    for name, module in capture.imports.items():
         function.__globals__.setdefault(name, importlib.import_module(module))
     if capture.builtins_name is not None:
         function.__globals__.setdefault(capture.builtins_name, vars(builtins))
