@@ -76,9 +76,16 @@ def dump_graph(gm: fx.GraphModule) -> bytes:
 
 
 def load_graph(data: bytes) -> fx.GraphModule:
-    """The graph as if Dynamo had just captured it."""
+    """The graph as if Dynamo had just captured it.
+
+    Raises:
+        SavedError: it cannot be read (an operator that torch writes down and does not find again).
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    gm = GraphPickler.loads(data, mode)
+    try:
+        gm = GraphPickler.loads(data, mode)
+    except Exception as error:  # whatever the reducers of the objects in it raise
+        raise SavedError(f"the captured graph cannot be written down and read again: {error}.") from error
     assert isinstance(gm, fx.GraphModule)
     made: dict[int, torch.UntypedStorage] = {}
     for module in gm.modules():
