@@ -27,6 +27,7 @@ from dqar_fx.errors import (
     PlanError,
     PolicyError,
     RuntimeStateError,
+    SavedError,
     ScheduleError,
     TuningError,
 )
@@ -39,6 +40,7 @@ from dqar_fx.policy import Policy
 from dqar_fx.presets import preset
 from dqar_fx.quantize import dequantize, quantize
 from dqar_fx.runtime.runtime import Runtime
+from dqar_fx.saved import load_compiled, save_compiled
 from dqar_fx.schedule import Schedule
 from dqar_fx.tune import tune
 from dqar_fx.tuning.result import Tuning
@@ -66,6 +68,7 @@ __all__ = [
     "PolicyError",
     "Runtime",
     "RuntimeStateError",
+    "SavedError",
     "Schedule",
     "ScheduleError",
     "Site",
@@ -76,12 +79,14 @@ __all__ = [
     "calibrate_balance",
     "dequantize",
     "export",
+    "load_compiled",
     "metrics",
     "optimize",
     "preset",
     "quantize",
     "restore",
     "runtime",
+    "save_compiled",
     "tune",
 ]
 

@@ -69,6 +69,10 @@ class OptimizedCall:
         self._inputs = inputs
         self._name, self._position = timestep or ("", -1)
 
+    def resume(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Call what ``wrap`` makes of the compiled model in its place."""
+        self._compiled = wrap(self._compiled)
+
     # In a function that is itself compiled, Dynamo must call this as it is: traced into, it would be the plain model.
     @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]  # torch leaves it untyped
         reason="this model was compiled by dqar_fx.optimize; what calls it need not be"

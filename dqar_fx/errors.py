@@ -17,6 +17,7 @@ __all__ = [
     "PlanError",
     "PolicyError",
     "RuntimeStateError",
+    "SavedError",
     "ScheduleError",
     "TuningError",
 ]
@@ -111,4 +112,12 @@ class RuntimeStateError(DqarError, RuntimeError):
 
     Raised when the runtime is asked of a model that was never optimised, when a model is optimised twice, and when
     generations, branches or steps are begun or left in an order that has no meaning.
+    """
+
+
+class SavedError(DqarError, ValueError):
+    """A capture cannot be saved, or a saved one cannot be used.
+
+    Raised for a model that is not one graph of fixed sizes or depends on what means nothing in another process, and for
+    a file that is damaged, is no saved capture, or was made for another model, version, device or code.
     """
