@@ -81,10 +81,10 @@ def returning_constant(module: nn.Module) -> Callable[..., Any]:
 def in_bursts(
     calls: dict[str, Callable[[], torch.Tensor]], rounds: int, burst: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Milliseconds of the calls, which take turns: each ``burst`` times in a row, as a generation calls its model.
+    """Milliseconds of the calls, which take turns: each ``burst`` times in a row.
 
-    Called once each, every model would find the processor's caches full of the others'. The two cases of one model,
-    which compute and reuse at every other step, take turns within theirs.
+    Once each, all find the processor's caches full of the others'; in longer bursts, of their own, as in a generation.
+    The two cases of one model, which compute and reuse at every other step, take turns within theirs.
     """
     times: dict[str, list[float]] = {case: [] for case in calls}
     groups = [[case] for case in calls if case not in TOGETHER] + [list(TOGETHER)]
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=100, help="timed calls of each contender")
-    parser.add_argument("--burst", type=int, default=10, help="calls of one contender before the next one's")
+    parser.add_argument("--burst", type=int, default=1, help="calls of one contender before the next one's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--cache", default="int8", help="int8, native, int8:channel, ...")

@@ -310,12 +310,19 @@ class Calibration:
                 f"budget {budget}: with ages up to {self._max_age} the most that can be reached is {most:.3g}. Ask for "
                 f"less, or give a larger max_age."
             )
-        best, best_psnr = there[0], self.measure(there[0], self.seeds).psnr
+        best = there[0]
         for other in there[1:]:
-            psnr = self.measure(other, self.seeds).psnr
-            if psnr > best_psnr + CLEARLY_BETTER:
-                best, best_psnr = other, psnr
+            if self._beats(other, best):
+                best = other
         return best
+
+    def _beats(self, rival: Candidate, best: Candidate) -> bool:
+        """True if the samples of ``rival`` are clearly better; that they are not, half of the seeds mostly show."""
+        half = self.seeds[: (len(self.seeds) + 1) // 2]
+        return all(
+            self.measure(rival, seeds).psnr > self.measure(best, seeds).psnr + margin
+            for seeds, margin in ((half, 0.0), (self.seeds, CLEARLY_BETTER))
+        )
 
     def _within_error(
         self, groupings: dict[str, list[Candidate]], budget: Budget, unseen: Sequence[int]
@@ -323,13 +330,11 @@ class Calibration:
         """The candidate that saves most and keeps to the budget, also on unseen seeds."""
         found = groupings["all"]
         index = self._bisect(found, budget)
-        here = self.measure(found[index], self.seeds).psnr
         for name, others in groupings.items():
             rival = next((c for c in others if c.saved >= found[index].saved - 1e-9), None)
-            if name == "all" or rival is None or self.measure(rival, self.seeds).psnr <= here + CLEARLY_BETTER:
+            if name == "all" or rival is None or not self._beats(rival, found[index]):
                 continue
             found, index = others, self._bisect(others, budget)
-            here = self.measure(found[index], self.seeds).psnr
         finer = [found[index]]
         if index + 1 < len(found) and not self._rules_only:
             finer += between(self.coefficients, found[index], found[index + 1])
