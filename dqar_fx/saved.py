@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.torch_version import TorchVersion
 
 from dqar_fx.backend import CaptureBackend
 from dqar_fx.calibration.records import write
@@ -22,6 +21,7 @@ from dqar_fx.checks import check_model, check_parts
 from dqar_fx.compiled import OptimizedCall
 from dqar_fx.errors import SavedError
 from dqar_fx.optimize import runtime
+from dqar_fx.supported import is_older
 
 FORMAT, VERSION = b"dqar_fx.save_compiled", 1
 #: The oldest torch in which Dynamo's capture can be called by itself as it is here.
@@ -152,7 +152,7 @@ def load_compiled(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _check_torch() -> None:
-    if TorchVersion(torch.__version__.partition("a")[0].partition("+")[0]) < OLDEST_TORCH:
+    if is_older(torch.__version__, OLDEST_TORCH):
         raise SavedError(
             f"captures are saved and loaded with torch {OLDEST_TORCH} or newer, and torch {torch.__version__} is "
             f"installed. Upgrade it, or do without."

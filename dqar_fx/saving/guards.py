@@ -9,6 +9,7 @@ objects. From there on what is checked at a call is exactly what ``torch.compile
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import pickle
@@ -52,7 +53,7 @@ class GuardRecord:
     shape_code_parts: Any
 
 
-class _Manager(CheckFunctionManager):
+class _Manager(CheckFunctionManager, abc.ABC):
     """Dynamo's, with a look at what each guard is built on."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,9 +66,9 @@ class _Manager(CheckFunctionManager):
         self.look(builder, guards_out)
         super().compile_check_fn(builder, guards_out, guard_fail_fn)
 
+    @abc.abstractmethod
     def look(self, builder: GuardBuilder, guards: Sequence[Guard]) -> None:
         """Called with all guards, in order."""
-        raise NotImplementedError
 
     def invalidate(self, obj_str: str) -> None:  # noqa: ARG002  # Dynamo's
         """An object that a guard knows by its identity has died."""
