@@ -22,6 +22,7 @@ SLOW = frozenset(
         "pipelines/test_sections.py",
         "pipelines/test_sequences.py",
         "runtime/test_faults_of_families.py",
+        "zoo/test_saved_captures.py",
     }
 )
 
