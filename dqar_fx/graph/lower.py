@@ -23,6 +23,7 @@ from dqar_fx.graph.calling import BoxedCallable, boxed, direct, needs_nothing_ar
 from dqar_fx.graph.capture import fork
 from dqar_fx.graph.compile_line import compile_line
 from dqar_fx.graph.effects import finds_size
+from dqar_fx.graph.host_memory import keep_freed_memory
 from dqar_fx.graph.specialise import Variant
 
 logger = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ class Lowerer:
         return compiled
 
     def _compile(self, variant: Variant, arguments: Sequence[Any], *, sizes: bool) -> BoxedCallable:
+        if all(a.device.type == "cpu" for a in arguments if isinstance(a, torch.Tensor)):
+            keep_freed_memory()
         gm = fork(variant.gm)
         as_it_is = any(finds_size(node) for node in gm.graph.nodes)
         # Without sizes the numbers stay arguments: Dynamo knows which of them are symbols, and what it assumed of them.
