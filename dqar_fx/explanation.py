@@ -38,6 +38,7 @@ from dqar_fx.plan import Plan
 from dqar_fx.runtime.identity import timestep_argument
 from dqar_fx.runtime.lossless import constant_inputs
 from dqar_fx.runtime.plans import reading_exact
+from dqar_fx.runtime.program import timestep_values
 from dqar_fx.schedule import Schedule
 
 #: Below this bound, what storing and reading cost eats most of what is left to gain.
@@ -115,6 +116,9 @@ def explain(
     hoists = bool(reuse.any())  # a schedule that reuses nothing computes what is exact as well
     saved = [work.total - work.of(row.tolist(), hoisted=hoists and step > 0) for step, row in enumerate(reuse)]
     hoisted = next((savings(g.hoisted) for g in work.graphs if hoists and g.hoisted is not None), NOTHING)
+    timed = None
+    if constant is not None and hoists and len(work.graphs) == 1:
+        timed = timestep_values(capture.graphs[0], regions[0], constant, len(reuse))
     planned = reuse.mean(axis=0).tolist() if plan else []
     everything = work.saved_together()
     rows = [
@@ -160,6 +164,12 @@ def explain(
             "flop_share": hoisted.flop_share,
             "weight_bytes": hoisted.weight_bytes,
             "weight_share": hoisted.weight_share,
+        },
+        "timestep_values": {
+            "values": len(timed.names) if timed is not None else 0,
+            "bytes": timed.step_bytes * len(reuse) if timed is not None else 0,
+            "weight_bytes": timed.weight_bytes if timed is not None else 0,
+            "weight_share": timed.weight_share if timed is not None else 0.0,
         },
         "bound": speedup_bound(work.total, saved),
         "limit": speedup_bound(work.total, [everything]),

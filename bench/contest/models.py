@@ -249,11 +249,12 @@ class Sampler:
             after: called with it behind each.
         """
         case, scheduler = self.case, self.scheduler
-        scheduler.set_timesteps(self.steps)
+        scheduler.set_timesteps(self.steps, device=self.device)
         flow = case.kind == "FluxTransformer2DModel"
         # The scheduler indexes with timesteps of the host: reading one back from a GPU would wait for it.
         timesteps = scheduler.timesteps.cpu()
-        told = [((t / 1000).to(self.dtype) if flow else t).repeat(case.rows).to(self.device) for t in timesteps]
+        # As in the pipelines: a view of the scheduler's, but for Flux.
+        told = [((t / 1000).to(self.dtype) if flow else t).expand(case.rows) for t in scheduler.timesteps]
         latents = (self._noise * getattr(scheduler, "init_noise_sigma", 1.0)).to(self.device)
         for step, timestep in enumerate(timesteps):
             before(step)

@@ -144,6 +144,7 @@ def render(found: Mapping[str, Any]) -> str:
             ["planned reuse", f"{found['planned_reuse_ratio']:.1%} over {found['num_steps']} steps"],
             ["cache", f"{found['cache_bytes'] / MIB:.2f} MiB per branch, {native:.2f} MiB in {found['dtype']}"],
             *_hoisted_row(found["hoisted"]),
+            *_timestep_row(found["timestep_values"]),
             ["speed-up, this schedule", f"at most {found['bound']:.3f}x"],
             ["speed-up, 100 % reuse", f"at most {found['limit']:.3f}x"],
         ]
@@ -163,6 +164,13 @@ def _hoisted_row(hoisted: Mapping[str, Any]) -> list[list[str]]:
         return []
     saved = f"{hoisted['flop_share']:.2%} of FLOP and {hoisted['weight_share']:.1%} of the weights at each later step"
     return [["computed once", f"{hoisted['values']} values, {hoisted['bytes'] / MIB:.2f} MiB per branch: {saved}"]]
+
+
+def _timestep_row(timed: Mapping[str, Any]) -> list[list[str]]:
+    if not timed["values"]:
+        return []
+    saved = f"{timed['weight_share']:.1%} of the weights need not be read at each later step"
+    return [["for all steps at once", f"{timed['values']} values, {timed['bytes'] / MIB:.2f} MiB per branch: {saved}"]]
 
 
 def _render_balance(found: Mapping[str, Any]) -> list[str]:

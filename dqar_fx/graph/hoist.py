@@ -2,7 +2,7 @@
 
 What follows from parameters and the conditioning alone (``lossless.invariant``): projections of the prompt, keys and
 values of the cross-attentions on it, tables of rotary embeddings and positions. Which of these values are kept is one
-rule, ``_pays``; everything else is as it was, so that a model in which nothing pays is left alone.
+rule, ``Choice.pays``; everything else is as it was, so that a model in which nothing pays is left alone.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def works(node: fx.Node) -> bool:
 
 def _hoist(gm: fx.GraphModule, constant: Constant, blocks: Mapping[str, str], largest: int) -> Hoisted | None:
     """``gm`` itself, rewritten; None, and ``gm`` as it was, if nothing pays."""
-    choice = _Choice(gm, invariant(gm, constant), blocks, largest)
-    kept, alive = _read(gm, choice.kept())
+    choice = Choice(gm, invariant(gm, constant), blocks, largest)
+    kept, alive = read_alone(gm, choice.kept())
     if not kept:
         return None
     alive.update(node.name for node in set(gm.graph.nodes) - live_nodes(gm.graph))  # what nobody read before stays, too
@@ -128,7 +128,7 @@ def _hoist(gm: fx.GraphModule, constant: Constant, blocks: Mapping[str, str], la
     )
 
 
-def _read(gm: fx.GraphModule, kept: Sequence[fx.Node]) -> tuple[list[fx.Node], set[str]]:
+def read_alone(gm: fx.GraphModule, kept: Sequence[fx.Node]) -> tuple[list[fx.Node], set[str]]:
     """Those of ``kept`` that are read if all are given, and the names of what is computed then."""
     rest = fork(gm)
     names = {node.name for node in kept}
@@ -141,7 +141,7 @@ def _read(gm: fx.GraphModule, kept: Sequence[fx.Node]) -> tuple[list[fx.Node], s
     return [node for node in kept if users[f"kept_{node.name}"]], set(users)
 
 
-class _Choice:
+class Choice:
     """Which values of a graph are kept.
 
     Args:
@@ -174,7 +174,7 @@ class _Choice:
             readers = [user for user in node.users if user in rest]
             if node in rest or node.op == "placeholder" or not readers:
                 continue
-            if self._can_keep(node) and self._pays(node, rest, {self._blocks.get(u.name, "") for u in readers}):
+            if self._can_keep(node) and self.pays(node, rest, {self._blocks.get(u.name, "") for u in readers}):
                 kept.append(node)
             else:
                 rest.add(node)
@@ -199,7 +199,7 @@ class _Choice:
         plain = isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value)
         return plain and bool(memory) and self._foreign.isdisjoint(memory)
 
-    def _pays(self, value: fx.Node, rest: set[fx.Node], readers: set[str]) -> bool:
+    def pays(self, value: fx.Node, rest: set[fx.Node], readers: set[str]) -> bool:
         """True if ``value`` is worth its memory. The rule, of the work behind it that only it stands for:
 
         * with a matrix product, a convolution or an attention it is, unless it was only blown up from less (keys
@@ -215,15 +215,15 @@ class _Choice:
         if self._looks_at_shared(value):
             return False
         cone = self.needed([value], rest)
-        size = self._bytes(value)
+        size = self.bytes(value)
         if any(map(works, cone)):
             made = self._made_by(value)
-            if not works(made) and size > sum(map(self._bytes, made.all_input_nodes)):
+            if not works(made) and size > sum(map(self.bytes, made.all_input_nodes)):
                 return False
             sources = {
                 n for node in cone for n in (node, *self._before(node)) if n.op == "placeholder" or n not in cone
             }
-            if size > GROWTH * sum(map(self._bytes, sources)):
+            if size > GROWTH * sum(map(self.bytes, sources)):
                 return False
         elif size > self._largest:
             return False
@@ -234,15 +234,16 @@ class _Choice:
             if kernels < SEVERAL:
                 return False
         given = [n for n in self.needed([value]) if n.op == "placeholder" and self._memory[n]]
-        weights = sum(self._bytes(n) for n in given if is_parameter(n))
+        weights = sum(self.bytes(n) for n in given if is_parameter(n))
         return not weights or not all(map(is_parameter, given)) or 2 * size <= weights
 
     def _computes(self, node: fx.Node) -> bool:
         """True for a kernel that does more than copy."""
         called = node.op in ("call_function", "call_method") and bool(self._memory[node])
-        return called and not self._is_view(node) and target_name(node) not in _COPIES
+        return called and not self.is_view(node) and target_name(node) not in _COPIES
 
-    def _is_view(self, node: fx.Node) -> bool:
+    def is_view(self, node: fx.Node) -> bool:
+        """True if the value of ``node`` shares the memory of something that it is made of."""
         return bool(self._viewed(node))
 
     def _viewed(self, node: fx.Node) -> list[fx.Node]:
@@ -262,7 +263,8 @@ class _Choice:
                 return True
         return False
 
-    def _bytes(self, node: fx.Node) -> int:
+    def bytes(self, node: fx.Node) -> int:
+        """Bytes of the memory that the value of ``node`` lives in."""
         tensors = tensors_of(node.meta.get("example_value"))
         return max((number(t.untyped_storage().nbytes()) for t in tensors if t.layout is torch.strided), default=0)
 

@@ -97,6 +97,11 @@ class Lowerer:
         self.uncompiled = 0
 
     @property
+    def rounds_differently(self) -> bool:
+        """True if compiled pieces may differ from torch in the last bit anyway."""
+        return self._is_inductor
+
+    @property
     def overwrites_results(self) -> bool:
         """True if compiled pieces replay CUDA graphs, whose results last until the next replay only."""
         return bool(getattr(self._backend, "config", {}).get("triton.cudagraphs", inductor_config.triton.cudagraphs))

@@ -92,6 +92,27 @@ class Loan(NamedTuple):
     own: _Buffers | None
 
 
+@dataclass(slots=True, eq=False)
+class Rows:
+    """What depends on the timestep but on no latent, by step (see ``runtime.timestep_values``), and what it is of.
+
+    The scheduler's ``calendar``, ``inputs`` and ``weights`` are held, so that their memory cannot be taken by others.
+    """
+
+    calendar: torch.Tensor
+    key: tuple[object, ...]
+    first: int  # the step that ``values`` begins with
+    inputs: Sequence[torch.Tensor]
+    weights: Sequence[torch.Tensor]
+    versions: tuple[list[int], list[int]]
+    values: Sequence[tuple[torch.Tensor, ...]]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the values of all steps."""
+        return sum(value.numel() * value.element_size() for row in self.values for value in row)
+
+
 @dataclass(slots=True)
 class Kept:
     """What stays the same during a generation (see ``graph.hoist``), and what it was computed from.
@@ -105,6 +126,7 @@ class Kept:
     versions: tuple[list[int], list[int]]
     inference: bool  # computed in inference mode
     values: list[torch.Tensor] | None = None  # None until they are computed
+    row: Sequence[torch.Tensor] = ()  # of the present call: what depends on its timestep
 
     @property
     def bytes(self) -> int:
@@ -125,7 +147,10 @@ class Store:
     buffers: list[_Buffers | None] = field(init=False)
     step: list[int] = field(init=False)  # [site]: the step whose value is stored, EMPTY if none
     kept: Kept | None = field(default=None, init=False)  # what was computed once, for good
+    rows: Rows | None = field(default=None, init=False)  # what was computed for all steps at once
+    told: tuple[object, int] = field(default=(None, 0), init=False)  # of which timesteps, and how often in their run
     _kept_bytes: int = field(default=0, init=False)  # how much that was when the run ended
+    _row_bytes: int = field(default=0, init=False)
     settled: list[torch.Tensor] = field(default_factory=list, init=False)  # where that stays, for who needs its address
     #: Whether lossless sites were last hoisted: what ``step`` says of them is then not so.
     hoisted: bool = field(default=False, init=False)
@@ -225,13 +250,13 @@ class Store:
         self.epoch += 1
         self.step = [EMPTY] * len(self.specs)
         self.history.clear()
-        self.kept = None
+        self.kept = self.rows = None
 
     def release(self) -> None:
         """The run is over: free the buffers; how much they took is still known."""
         self.give_all_back()
         self._released = [self.site_bytes(site) for site in range(len(self.specs))]
-        self._kept_bytes, self.settled = self.kept_bytes, []
+        self._kept_bytes, self._row_bytes, self.settled = self.kept_bytes, self.row_bytes, []
         self.buffers = [None] * len(self.specs)
         for turns in (self._memory, self._holder, self._place):
             turns.clear()
@@ -253,11 +278,16 @@ class Store:
         return self._kept_bytes if self.kept is None else self.kept.bytes
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of what was computed for all steps at once; after ``release``, what they were."""
+        return self._row_bytes if self.rows is None else self.rows.bytes
+
+    @property
     def bytes(self) -> int:
         """Bytes of all stored values; after ``release``, what they were."""
         idle = [memory for place, memory in self._memory.items() if place not in self._holder]
         sites = sum(self.site_bytes(site) for site in range(len(self.specs)))
-        return self.kept_bytes + sites + sum(map(_bytes, idle))
+        return self.kept_bytes + self.row_bytes + sites + sum(map(_bytes, idle))
 
 
 class AddressUsers(Protocol):

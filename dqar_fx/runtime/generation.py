@@ -302,6 +302,11 @@ class Generation:
         """Bytes of what is computed once, over all branches; of a run that has ended, what they were."""
         return sum(stored.store.kept_bytes for stored in self._stores.values())
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of what is computed for all steps at once, in the same way."""
+        return sum(stored.store.row_bytes for stored in self._stores.values())
+
     def site_bytes(self) -> dict[int, int]:
         """Bytes stored for each site, over all branches."""
         found: dict[int, int] = {}

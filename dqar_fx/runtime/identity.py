@@ -89,7 +89,7 @@ class SchedulerIdentity:
 
     def completed(self, timestep: object) -> None:
         """The scheduler has made the step from ``timestep``."""
-        index = self._index_of(timestep)
+        index = self.index_of(timestep)
         self._done = None if index is None else (self.calendar, index)
 
     def release(self) -> None:
@@ -126,7 +126,7 @@ class SchedulerIdentity:
         """Index of this call in the scheduler's timesteps; None where the scheduler cannot tell."""
         if self.num_steps is None:
             return None
-        index = self._index_of(timestep)
+        index = self.index_of(timestep)
         if index is not None:
             return index
         if hasattr(self._scheduler, "step_index"):
@@ -137,8 +137,8 @@ class SchedulerIdentity:
             return 0  # of a new calendar; should the run start later in it, what follows is a gap, and gaps compute
         return self._done[1] + 1
 
-    def _index_of(self, timestep: object) -> int | None:
-        """Index of a timestep that is a view into the calendar."""
+    def index_of(self, timestep: object) -> int | None:
+        """Index of a timestep that is a view into the calendar; None for others."""
         timesteps = self.calendar
         if not isinstance(timesteps, torch.Tensor) or not isinstance(timestep, torch.Tensor) or not timestep.numel():
             return None

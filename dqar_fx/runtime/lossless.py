@@ -12,6 +12,7 @@ from dqar_fx.runtime.cache import EMPTY, Kept, Store
 from dqar_fx.runtime.clock import Move, Tick
 from dqar_fx.runtime.conditioning import QUOTED, identical, is_conditioning, same_memory, versions_of
 from dqar_fx.runtime.identity import timestep_argument
+from dqar_fx.runtime.timestep_values import TimestepTable
 
 _UNTOLD = (Move.REPEAT, Move.UNKNOWN)  # whose call this is, is not known
 
@@ -35,6 +36,13 @@ def constant_inputs(sources: Sequence[str], latents: str = "") -> frozenset[str]
     )
 
 
+def timestep_source(sources: Sequence[str]) -> str:
+    """That of a graph's ``sources`` which is the forward's timestep; "" where none is, or it is part of something."""
+    words = {source: _words(source) for source in sources}
+    timestep = timestep_argument(list(dict.fromkeys(found[0] for found in words.values() if found)))
+    return next((s for s, found in words.items() if timestep is not None and found == [timestep[0]]), "")
+
+
 def _words(source: str) -> list[str]:
     """The names in a source, that of the forward's argument first; none where that is not known."""
     found: list[str] = QUOTED.findall(source) if source.startswith("L['") else []
@@ -51,25 +59,40 @@ class Hoisting:
         inputs: positions of the graph's arguments that the values follow from.
         weights: positions of the parameters that they follow from.
         copies: the values must be copied to be kept (``Lowerer.overwrites_results``).
+        keeps: there are such values; or there is only the ``table``:
+        table: what depends on the timestep alone, as the graph must be given it; None if it computes that itself.
     """
 
-    def __init__(self, sites: Sequence[int], inputs: Sequence[int], weights: Sequence[int], *, copies: bool) -> None:
+    def __init__(
+        self,
+        sites: Sequence[int],
+        inputs: Sequence[int],
+        weights: Sequence[int],
+        *,
+        copies: bool,
+        keeps: bool = True,
+        table: TimestepTable | None = None,
+    ) -> None:
         self.sites = tuple(sites)
         self._inputs = tuple(inputs)
         self._weights = tuple(weights)
         self._copies = copies
+        self._table = table
+        self._keeps = keeps
 
     def look(self, tick: Tick, store: Store, arguments: Sequence[Any]) -> Kept | None:
         """The values in ``store`` if they are of these arguments, or room for others; None where it cannot be told.
 
         They are exact whatever the schedule says, and whosever call this is; but where that is in doubt they are
         computed. It cannot be told of inference tensors, which count no writes: then nothing is hoisted, and the
-        schedule alone decides. Weights count as ``Generation.check_weights`` counts them.
+        schedule alone decides. Nor where the graph must be given what depends on the timestep, and that is not known.
+        Weights count as ``Generation.check_weights`` counts them.
         """
+        row = self._table.row(store, arguments) if self._table is not None else ()
         inputs = [arguments[i] for i in self._inputs]
         weights = [arguments[i] for i in self._weights]
         versions = versions_of(inputs), versions_of(weights)
-        if -1 in versions[0]:
+        if -1 in versions[0] or row is None:
             store.kept = None
             if store.hoisted:  # what the schedule thinks is stored of these sites was never written
                 store.hoisted = False
@@ -87,8 +110,9 @@ class Hoisting:
             and identical(weights, known.weights)
             and all(same_memory(a, b) for a, b in zip(known.inputs, inputs, strict=True))
         ):
+            known.row = row
             return known
-        return Kept(inputs, weights, versions, inference)
+        return Kept(inputs, weights, versions, inference, None if self._keeps else [], row)
 
     def decide(
         self, kept: Kept, store: Store, outcomes: tuple[Outcome, ...], reasons: tuple[str, ...]

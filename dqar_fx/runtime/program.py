@@ -36,10 +36,12 @@ from dqar_fx.graph.specialise import (
     exit_layout,
     specialise,
 )
+from dqar_fx.graph.timestep_values import TimestepValues, take_out
 from dqar_fx.runtime.cache import ExitSpec, Kept, Store
-from dqar_fx.runtime.lossless import Hoisting
+from dqar_fx.runtime.lossless import Hoisting, timestep_source
 from dqar_fx.runtime.offload import Copies, Transfer
 from dqar_fx.runtime.sizes import check_sizes, exit_spec, symbols_of
+from dqar_fx.runtime.timestep_values import Calendar, TimestepTable
 
 Outcomes = tuple[Outcome, ...]
 _Gather = Callable[[Sequence[Any]], Sequence[Any]]
@@ -160,6 +162,8 @@ class CapturedGraph:
         measures: what a step that measures does: ``"entropy"`` of the attention, ``"change"`` of its exits.
         compares: whether exits may be compared with, and taken from, another branch of guidance.
         constant: picks the inputs that stay the same during a generation; None to hoist nothing.
+        calendar: knows the timesteps of a run before it, as they are given to this graph; None if nobody does.
+        num_steps: how many there are.
     """
 
     def __init__(
@@ -173,6 +177,8 @@ class CapturedGraph:
         *,
         compares: bool = False,
         constant: Constant | None = None,
+        calendar: Calendar | None = None,
+        num_steps: int = 0,
     ) -> None:
         self.captured = gm
         self.guarded = guard_sites(gm, regions)
@@ -184,10 +190,18 @@ class CapturedGraph:
         nodes = {n.name: n for n in gm.graph.nodes}
         self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
         hoisted = None
+        #: What is computed for all steps at once; None where the timesteps are not known, or nothing pays.
+        self.timed: TimestepValues | None = None
         if constant is not None:
-            hoisted = _hoisted(lifted, regions, constant, self._exits)
+            if calendar is not None:
+                self.timed = _timed(lifted, regions, constant, num_steps)
+            hoisted = _hoisted(self.timed.gm if self.timed else lifted, regions, constant, self._exits)
             regions = _settled(regions, hoisted)
-        self.pieces = partition(hoisted.gm, regions, fuse=True, hoisted=hoisted) if hoisted else self.plain
+        self.pieces = self.plain
+        if hoisted is not None or self.timed is not None:
+            rest = hoisted or self.timed
+            assert rest is not None
+            self.pieces = partition(rest.gm, regions, fuse=True, hoisted=hoisted)
         self.regions = tuple(regions)
         self._lowerer = lowerer
         self._on_host = cache.device == "cpu"
@@ -222,14 +236,16 @@ class CapturedGraph:
         #: What is computed once and kept; None where nothing pays.
         self.hoisting: Hoisting | None = None
         self.hoisted = hoisted
-        self._kept: tuple[str, ...] = ()
-        if hoisted is not None:
-            self._kept = hoisted.kept
+        self._kept: tuple[str, ...] = hoisted.kept if hoisted is not None else ()
+        self._row: tuple[str, ...] = self.timed.names if self.timed is not None else ()
+        if hoisted is not None or self.timed is not None:
             self.hoisting = Hoisting(
-                sorted(hoisted.sites),
-                [i for i, n in enumerate(given) if n.name in hoisted.inputs],
-                [i for i in self.parameters if given[i].name in hoisted.parameters],
+                sorted(hoisted.sites) if hoisted is not None else (),
+                [i for i, n in enumerate(given) if hoisted is not None and n.name in hoisted.inputs],
+                [i for i in self.parameters if hoisted is not None and given[i].name in hoisted.parameters],
                 copies=lowerer.overwrites_results,
+                keeps=hoisted is not None,
+                table=self._table(self.timed, calendar) if self.timed is not None and calendar is not None else None,
             )
         self._specs: dict[tuple[object, ...], list[list[ExitSpec]]] = {}
         # A piece whose outputs nobody needs still runs if it writes into something.
@@ -256,6 +272,15 @@ class CapturedGraph:
         self.runner: Runner | None = None
         self._place()
 
+    def _table(self, timed: TimestepValues, calendar: Calendar) -> TimestepTable:
+        """What computes the values for all steps, from arguments and constants."""
+        position = {n.name: i for i, n in enumerate(self._inputs)}
+        inputs = [position[name] for name in timed.inputs]
+        weights = [i for i in self.parameters if i in inputs]
+        return TimestepTable(
+            timed.table, calendar, self.constants, inputs, position[timed.timestep], weights, timed.max_steps
+        )
+
     def _place(self) -> None:
         """Give every value its register: inputs, stored tensors, then intermediate values."""
         names = [n.name for n in self._inputs]
@@ -266,12 +291,16 @@ class CapturedGraph:
             if site in self.comparable:
                 stored.append((site, DIFFERENCE, 0))
                 stored += [(site, LENT - index, part) for index, lay in enumerate(layouts) for part in range(lay.parts)]
-        made = list(dict.fromkeys((*self._kept, *(n for p in (*self.plain, *self.pieces) for n in p.outputs))))
+        made = list(
+            dict.fromkeys((*self._kept, *self._row, *(n for p in (*self.plain, *self.pieces) for n in p.outputs)))
+        )
         constants = [value for value in self._result if not isinstance(value, fx.Node)]
         self._stored = {use: i for i, use in enumerate(stored, len(names))}
         self._found = {use: i for i, use in enumerate(stored, len(names) + len(stored))}
         self._first_made = len(names) + 2 * len(stored)
-        self._kept_registers = slice(self._first_made, self._first_made + len(self._kept))
+        first_of_row = self._first_made + len(self._kept)
+        self._kept_registers = slice(self._first_made, first_of_row)
+        self._row_registers = slice(first_of_row, first_of_row + len(self._row))
         self._register = {name: i for i, name in enumerate(names)}
         self._register.update({name: i for i, name in enumerate(made, self._first_made)})
         first_constant = iter(range(self._first_made + len(made), self._first_made + len(made) + len(constants)))
@@ -351,6 +380,8 @@ class CapturedGraph:
         program.bind(store, registers)
         if values is not None:
             registers[self._kept_registers] = values
+        if kept is not None:
+            registers[self._row_registers] = kept.row
         for i in self._scalars:
             registers[i] = registers[i].item()
         copies = Copies(store, program.transfers) if store is not None and store.on_host else None
@@ -498,6 +529,24 @@ def _hoisted(
     largest = max((math.prod(map(number, t.shape)) * t.element_size() for own in exits for t in own), default=0)
     sites = [i for i, region in enumerate(regions) if region.site.lossless]
     return hoist(gm, constant, {node.name: block for node, block in blocks.items()}, sites, largest)
+
+
+def timestep_values(
+    gm: fx.GraphModule, regions: Sequence[Region], constant: Constant, num_steps: int
+) -> TimestepValues | None:
+    """What a ``CapturedGraph`` of ``gm`` would compute for all of ``num_steps`` steps at once, if it knew them."""
+    lifted, _ = lift_constants(guard_sites(gm, regions))
+    lifted, _ = unwrap_scalars(lifted)
+    return _timed(share_repeated(lifted), regions, constant, num_steps)
+
+
+def _timed(gm: fx.GraphModule, regions: Sequence[Region], constant: Constant, num_steps: int) -> TimestepValues | None:
+    """What depends on the timestep alone in the guarded graph ``gm``, made inputs of it."""
+    timestep = timestep_source([source_name(n) for n in gm.graph.nodes if n.op == "placeholder"])
+    if not timestep:
+        return None
+    blocks = block_labels([n for n in gm.graph.nodes if n.op not in ("placeholder", "output")], regions)
+    return take_out(gm, constant, timestep, {node.name: block for node, block in blocks.items()}, num_steps)
 
 
 def _settled(regions: Sequence[Region], hoisted: Hoisted | None) -> list[Region]:

@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from dqar_fx.graph.savings import NOTHING, Savings
 from dqar_fx.graph.sites import Site
+from dqar_fx.graph.timestep_values import TimestepValues
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.cuda_graphs import GraphCounts
 from dqar_fx.runtime.decisions import Decision, Measured, plot
@@ -114,6 +115,8 @@ class Report:
     unshared: str = ""
     hoisted: Savings = NOTHING
     hoisted_bytes: int = 0  # held now
+    timed: TimestepValues | None = None  # what is computed for all steps at once
+    timed_bytes: int = 0  # held now
     left: tuple[tuple[Site, str], ...] = ()  # sites whose reuse does not pay, as measured
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,6 +173,12 @@ class Report:
                 "weight_share": self.hoisted.weight_share,
                 "bytes": self.hoisted_bytes,
             },
+            "timestep_values": {
+                "values": len(self.timed.names) if self.timed is not None else 0,
+                "weight_bytes_per_step": self.timed.weight_bytes if self.timed is not None else 0,
+                "weight_share": self.timed.weight_share if self.timed is not None else 0.0,
+                "bytes": self.timed_bytes,
+            },
             "cache_bytes": self.stats.cache_bytes,
             "repeated_calls": self.repeats,
             "uncompiled_pieces": self.uncompiled,
@@ -200,6 +209,12 @@ class Report:
                 f"computed once: {self.hoisted.values} values, {self.hoisted_bytes / MIB:.2f} MiB; "
                 f"each later step saves {self.hoisted.flops / 1e9:.3g} GFLOP ({self.hoisted.flop_share:.1%}) and reads "
                 f"{self.hoisted.weight_bytes / MIB:.3g} MiB less of the weights ({self.hoisted.weight_share:.1%})"
+            )
+        if self.timed is not None:
+            head.append(
+                f"computed for all steps at once: {len(self.timed.names)} values, {self.timed_bytes / MIB:.2f} MiB; "
+                f"each later step reads {self.timed.weight_bytes / MIB:.3g} MiB less of the weights "
+                f"({self.timed.weight_share:.1%})"
             )
         if self.gates:
             blocked = ", ".join(f"{reason} {count}" for reason, count in data["blocked"].items())

@@ -41,6 +41,7 @@ from dqar_fx.runtime.plans import Plans
 from dqar_fx.runtime.program import CapturedGraph
 from dqar_fx.runtime.report import GraphBreak, Report, Stats
 from dqar_fx.runtime.sharing import SharingTable
+from dqar_fx.runtime.timestep_values import Calendar
 from dqar_fx.schedule import Schedule
 from dqar_fx.tuning.choice import SiteChoice
 
@@ -56,6 +57,7 @@ class _Call:
 
     tick: Tick
     generation: Generation
+    timestep: object = None
     sites: int = 0
     graphs: list[CapturedGraph] = field(default_factory=list)
     #: Sites of the whole call; None until the call has shown it (a model in several graphs, at its first call).
@@ -96,6 +98,7 @@ class Runtime:
         self.cache = cache
         self.lowerer = Lowerer(backend, dynamic=dynamic)
         self._scheduler = SchedulerIdentity(scheduler) if scheduler is not None else None
+        self._calendar = Calendar(self._scheduler) if self._scheduler is not None else None
         self._gating = Gating(gates, with_snr=scheduler is not None) if gates is not None else None
         self._filter = None if isinstance(sites, SiteChoice) else sites
         self._graphs: list[CapturedGraph] = []
@@ -278,13 +281,20 @@ class Runtime:
             unshared=self._unshared(),
             hoisted=self._savings(),
             hoisted_bytes=self._generation().kept_bytes,
+            timed=next((graph.timed for graph in self.graphs if graph.timed is not None and self._reuses), None),
+            timed_bytes=self._generation().row_bytes,
             left=tuple((self.sites[site], why) for site, why in self._idle().items()),
         )
 
+    @property
+    def _reuses(self) -> bool:
+        """False for a baseline, which computes everything at every step."""
+        plan = self.plan
+        return plan is not None and bool(plan.reuse.any())
+
     def _savings(self) -> Savings:
         """What computing once saves, if the schedule lets it."""
-        plan = self.plan
-        if plan is None or not plan.reuse.any():
+        if not self._reuses:
             return NOTHING
         # Only a model that is one graph hoists.
         hoisted = next((graph.hoisted for graph in self.graphs if graph.hoisted is not None), None)
@@ -373,9 +383,11 @@ class Runtime:
                     check_shapes(self.schedule, [region.site for region in regions])
             measures = self._gating.measures if self._gating is not None else frozenset[str]()
             compares = self._gating is not None and self._gating.gates.cross_branch is not None
+            num_steps = self._steps_ahead() if constant is not None else 0
             graph = CapturedGraph(
-                gm, regions, self.cache, self.lowerer, self.variants, measures, compares=compares, constant=constant
-            )
+                gm, regions, self.cache, self.lowerer, self.variants, measures, compares=compares, constant=constant,
+                calendar=self._calendar if num_steps else None, num_steps=num_steps,
+            )  # fmt: skip
             if self.step_graphs is not None:
                 graph.runner = self.step_graphs.take(graph, self.latents, on_host=self.cache.device == "cpu")
                 self.pool.users = self.step_graphs
@@ -387,6 +399,20 @@ class Runtime:
             self._ends_in_break.append(broke)
             self._graphs.append(graph)
         return graph
+
+    def _steps_ahead(self) -> int:
+        """How many steps a run has, where their timesteps can be told from that of the call that runs; 0 if not.
+
+        Not for backends that compute as torch does, where all steps at once would differ in the last bit, nor with
+        whole steps in CUDA graphs, whose inputs stay where they are.
+        """
+        call = self._threads.call
+        if self._calendar is None or call is None:
+            return 0
+        if self.step_graphs is not None or not self.lowerer.rounds_differently:
+            return 0
+        ahead = self._calendar.find(call.timestep)
+        return len(ahead.timesteps) if ahead is not None else 0
 
     def _unpaid(self, gm: fx.GraphModule, regions: Sequence[Region]) -> list[str]:
         """Why each site is left alone although it could be rewritten, "" where it is not.
@@ -417,7 +443,7 @@ class Runtime:
                 captured.clear()
         call = self._threads.call
         if call is not None:
-            self._threads.call = _Call(call.tick, call.generation, facts=call.facts)
+            self._threads.call = _Call(call.tick, call.generation, call.timestep, facts=call.facts)
             call.generation.log.clear()
 
     def begin_call(self, timestep: object, inputs: Inputs) -> None:
@@ -428,7 +454,7 @@ class Runtime:
         generation = self._generation()
         tick = self._identify(generation, timestep, inputs)
         generation.begin_call(tick)
-        call = threads.call = _Call(tick, generation)
+        call = threads.call = _Call(tick, generation, timestep)
         threads.last = generation
         if self._gating is not None:
             call.facts = self._gating.facts(generation, tick, inputs, self._scheduler)

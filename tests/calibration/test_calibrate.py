@@ -14,6 +14,8 @@ import dqar_fx
 from dqar_fx import CacheConfig, CalibrationError, Plan, PlanError, Schedule, calibrate, digits
 from dqar_fx.calibration.budget import Budget
 from dqar_fx.calibration.calibrate import Calibration
+from dqar_fx.calibration.runs import Loss
+from dqar_fx.calibration.solve import Candidate
 from tests.models import make_dit
 from tests.pipelines.builders import BUILDERS, Request
 
@@ -53,6 +55,29 @@ def test_a_plan_saves_what_was_asked_and_is_better_than_a_rule(calibration: Cali
     assert abs(plan.calibration["first_order_psnr"] - plan.calibration["predicted"]["psnr"]) < 4
     assert plan.calibration["verified"]["seeds"] == len(SEEDS)
     assert plan.calibration["speedup_in_flop"] > 1
+
+
+def test_a_rival_that_is_no_better_is_dropped_after_half_of_the_seeds(
+    calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    measure = Calibration.measure
+
+    def watched(self: Calibration, candidate: Candidate, seeds: list[int]) -> Loss:
+        asked.append(list(seeds))
+        return measure(self, candidate, seeds)
+
+    monkeypatch.setattr(Calibration, "measure", watched)
+    rule, always = (
+        Candidate(schedule.plan(6).reuse, 0.5, 0.0, "all")
+        for schedule in (Schedule.interval(STEPS, every=2), Schedule.always(STEPS))
+    )
+    assert not calibration._beats(always, rule)
+    assert asked == [[0, 1]] * 2  # of the three
+    asked.clear()
+    assert calibration._beats(rule, always)
+    assert asked == [[0, 1]] * 2 + [[0, 1, 2]] * 2
+    assert not calibration._beats(rule, rule)  # clearly better, not just as good
 
 
 @pytest.mark.parametrize("budget", ["psnr=32", "rel_error=0.1"])

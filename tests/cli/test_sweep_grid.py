@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.container import BarContainer
 from torch.nn.functional import scaled_dot_product_attention
 
-from dqar_fx.cli import main, models, sweep_attention, sweep_grid, sweep_report, sweep_rows
+from dqar_fx.cli import main, models, sweep_attention, sweep_grid, sweep_pictures, sweep_report, sweep_rows
 from dqar_fx.cli.evaluation_runs import Task
 from dqar_fx.gates import ChangeGate, EntropyGate, Gates, SnrGate
 
@@ -41,6 +42,30 @@ def row(key: str, rule: str, speedup: float, psnr: float | None, **more: Any) ->
         "psnr_db": None if psnr is None else {"value": psnr}, "refresh": None, "deep_first": False, "warmup": 0.1,
         "fraction": 1.0, "frechet": None, **more,
     }  # fmt: skip
+
+
+def test_a_typical_generation_leaves_out_what_interrupts_one() -> None:
+    runs = [[0.1, 0.2, 9.0], [0.1, 7.0, 0.3], [8.0, 0.2, 0.3]]  # each 7 s and more, by one step each
+    assert sweep_grid.typical(runs) == pytest.approx(0.6)
+    assert sweep_grid.typical([[0.1, 0.2], [0.3, 0.2]]) == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="shorter"):
+        sweep_grid.typical([[0.1, 0.2], [0.1]])
+
+
+def test_the_middle_may_lie_outside_of_single_runs() -> None:
+    """It is made of single steps' medians, the runs are whole ones: no error bar may have a negative length."""
+    rows = [
+        row("a", "x", 1.1, 50, measured_speedups=[0.8, 0.9]),
+        row("b", "x", 1.2, 45, measured_speedups=[1.1, 1.3]),
+        row("c", "x", 1.3, 40, measured_speedups=[0.9, 1.2]),
+    ]
+    figure = sweep_pictures.bars(rows)
+    assert figure is not None
+    (axes,) = figure.axes
+    measured = next(c for c in axes.containers if isinstance(c, BarContainer) and c.errorbar is not None)
+    (lines,) = measured.errorbar.lines[2]
+    ends = {tuple(float(x) for x in segment[:, 0]) for segment in lines.get_segments()}
+    assert ends == {(0.8, 1.0), (1.0, 1.3), (0.9, 1.2)}
 
 
 def test_the_front_holds_what_no_other_beats_in_both() -> None:
