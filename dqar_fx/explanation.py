@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CaptureError
 from dqar_fx.example_inputs import example_inputs, wants_values
+from dqar_fx.graph.ahead import prepared, timestep_values
 from dqar_fx.graph.attentions import is_attention, is_fused_layer
 from dqar_fx.graph.flops import Work, speedup_bound
 from dqar_fx.graph.inspect import Capture, capture_graphs, describe
@@ -36,9 +37,8 @@ from dqar_fx.graph.savings import NOTHING, savings
 from dqar_fx.graph.sites import Region
 from dqar_fx.plan import Plan
 from dqar_fx.runtime.identity import timestep_argument
-from dqar_fx.runtime.lossless import constant_inputs
+from dqar_fx.runtime.lossless import constant_inputs, timestep_source
 from dqar_fx.runtime.plans import reading_exact
-from dqar_fx.runtime.program import timestep_values
 from dqar_fx.schedule import Schedule
 
 #: Below this bound, what storing and reading cost eats most of what is left to gain.
@@ -117,8 +117,10 @@ def explain(
     saved = [work.total - work.of(row.tolist(), hoisted=hoists and step > 0) for step, row in enumerate(reuse)]
     hoisted = next((savings(g.hoisted) for g in work.graphs if hoists and g.hoisted is not None), NOTHING)
     timed = None
-    if constant is not None and hoists and len(work.graphs) == 1:
-        timed = timestep_values(capture.graphs[0], regions[0], constant, len(reuse))
+    if constant is not None and hoists:
+        timed = timestep_values(
+            prepared(capture.graphs[0], regions[0]), regions[0], constant, timestep_source, len(reuse)
+        )
     planned = reuse.mean(axis=0).tolist() if plan else []
     everything = work.saved_together()
     rows = [

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch._dynamo.utils import counters
 
 import dqar_fx
 from dqar_fx import CacheConfig, SavedError, Schedule
+from dqar_fx.graph.lower import Lowerer
 from tests.families import DIT, FLUX
 from tests.saved_elsewhere import FAMILIES, SCHEDULE, generation
 
@@ -82,6 +83,31 @@ def test_the_schedule_the_cache_and_the_weights_may_be_others(folder: Path) -> N
     counters.clear()
     assert torch.equal(DIT.sample(model), expected)
     assert traced() == 0
+
+
+def test_what_depends_on_the_timestep_is_computed_for_all_steps_of_a_loaded_capture(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Lowerer, "rounds_differently", True)
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(5)
+    fresh, model = (DIT.optimized(SCHEDULE, scheduler=scheduler) for _ in range(2))
+    dqar_fx.load_compiled(model, folder / "dit")
+    conditioning = DIT.conditioning()
+
+    def samples(called: Any) -> Tensor:
+        return torch.stack(
+            [called(DIT.noise(seed=i), timestep=t.repeat(2), **conditioning).sample
+             for i, t in enumerate(scheduler.timesteps)]
+        )  # fmt: skip
+
+    expected = samples(fresh)
+    counters.clear()
+    assert torch.equal(samples(model), expected)
+    assert traced() == 0
+    found = dqar_fx.runtime(model).report().to_dict()["timestep_values"]
+    assert found == dqar_fx.runtime(fresh).report().to_dict()["timestep_values"]
+    assert found["values"] == 3  # two blocks, and the last layer
 
 
 @pytest.mark.slow

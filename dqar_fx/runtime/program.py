@@ -13,16 +13,16 @@ import torch
 from torch import fx
 
 from dqar_fx.config import CacheConfig
+from dqar_fx.graph.ahead import computed_once, timestep_values, without_marks
 from dqar_fx.graph.balancing import settle_balance
 from dqar_fx.graph.calling import BoxedCallable
 from dqar_fx.graph.capture import is_parameter, lift_constants, source_name, unwrap_scalars
 from dqar_fx.graph.effects import has_late_size, must_keep, storages, written
 from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_sites
-from dqar_fx.graph.hoist import Hoisted, hoist, number
 from dqar_fx.graph.lossless import Constant
 from dqar_fx.graph.lower import Lowerer
 from dqar_fx.graph.measure import can_tell_entropy
-from dqar_fx.graph.partition import Piece, block_labels, partition
+from dqar_fx.graph.partition import Piece, partition
 from dqar_fx.graph.share import share_repeated
 from dqar_fx.graph.sites import Region
 from dqar_fx.graph.specialise import (
@@ -36,7 +36,7 @@ from dqar_fx.graph.specialise import (
     exit_layout,
     specialise,
 )
-from dqar_fx.graph.timestep_values import TimestepValues, take_out
+from dqar_fx.graph.timestep_values import TimestepValues
 from dqar_fx.runtime.cache import ExitSpec, Kept, Store
 from dqar_fx.runtime.lossless import Hoisting, timestep_source
 from dqar_fx.runtime.offload import Copies, Transfer
@@ -189,18 +189,17 @@ class CapturedGraph:
         self.plain: list[Piece] = partition(lifted, regions, fuse=True)
         nodes = {n.name: n for n in gm.graph.nodes}
         self._exits = [[nodes[name].meta["example_value"] for name in region.exits] for region in regions]
-        hoisted = None
         #: What is computed for all steps at once; None where the timesteps are not known, or nothing pays.
         self.timed: TimestepValues | None = None
+        if constant is not None and calendar is not None:
+            self.timed = timestep_values(lifted, regions, constant, timestep_source, num_steps)
+        hoisted = None
         if constant is not None:
-            if calendar is not None:
-                self.timed = _timed(lifted, regions, constant, num_steps)
-            hoisted = _hoisted(self.timed.gm if self.timed else lifted, regions, constant, self._exits)
-            regions = _settled(regions, hoisted)
+            hoisted = computed_once(self.timed.gm if self.timed else lifted, regions, constant, self._exits)
+            regions = without_marks(regions, hoisted)
         self.pieces = self.plain
-        if hoisted is not None or self.timed is not None:
-            rest = hoisted or self.timed
-            assert rest is not None
+        rest = hoisted or self.timed
+        if rest is not None:
             self.pieces = partition(rest.gm, regions, fuse=True, hoisted=hoisted)
         self.regions = tuple(regions)
         self._lowerer = lowerer
@@ -519,45 +518,6 @@ class CapturedGraph:
             tuple(Transfer(self._stored[use], *use, reads) for use, reads in zip(uses, read, strict=True)),
             _getter(arguments),
         )
-
-
-def _hoisted(
-    gm: fx.GraphModule, regions: Sequence[Region], constant: Constant, exits: Sequence[Sequence[torch.Tensor]]
-) -> Hoisted | None:
-    """What stays the same in the guarded graph ``gm``, taken out of its blocks."""
-    blocks = block_labels([n for n in gm.graph.nodes if n.op not in ("placeholder", "output")], regions)
-    largest = max((math.prod(map(number, t.shape)) * t.element_size() for own in exits for t in own), default=0)
-    sites = [i for i, region in enumerate(regions) if region.site.lossless]
-    return hoist(gm, constant, {node.name: block for node, block in blocks.items()}, sites, largest)
-
-
-def timestep_values(
-    gm: fx.GraphModule, regions: Sequence[Region], constant: Constant, num_steps: int
-) -> TimestepValues | None:
-    """What a ``CapturedGraph`` of ``gm`` would compute for all of ``num_steps`` steps at once, if it knew them."""
-    lifted, _ = lift_constants(guard_sites(gm, regions))
-    lifted, _ = unwrap_scalars(lifted)
-    return _timed(share_repeated(lifted), regions, constant, num_steps)
-
-
-def _timed(gm: fx.GraphModule, regions: Sequence[Region], constant: Constant, num_steps: int) -> TimestepValues | None:
-    """What depends on the timestep alone in the guarded graph ``gm``, made inputs of it."""
-    timestep = timestep_source([source_name(n) for n in gm.graph.nodes if n.op == "placeholder"])
-    if not timestep:
-        return None
-    blocks = block_labels([n for n in gm.graph.nodes if n.op not in ("placeholder", "output")], regions)
-    return take_out(gm, constant, timestep, {node.name: block for node, block in blocks.items()}, num_steps)
-
-
-def _settled(regions: Sequence[Region], hoisted: Hoisted | None) -> list[Region]:
-    """The regions, those still marked lossless that were hoisted; the others are left to the schedule."""
-    sites = hoisted.sites if hoisted is not None else frozenset[int]()
-    return [
-        replace(region, site=replace(region.site, lossless=False))
-        if region.site.lossless and i not in sites
-        else region
-        for i, region in enumerate(regions)
-    ]
 
 
 def _measurable(pieces: Sequence[Piece]) -> frozenset[int]:

@@ -81,6 +81,11 @@ def test_sites_are_found_and_the_numbers_agree(name: str, tmp_path: Path, capsys
     else:
         assert found["bound"] == pytest.approx(bound)
     assert (hoisted["values"] > 0) == (name != "DiTTransformer2DModel")
+    timed = found["timestep_values"]
+    assert timed["values"] > 0
+    if name == "DiTTransformer2DModel":
+        assert timed["weight_share"] > 0.3  # adaLN: 40 % of the published ones, more of small ones
+    assert f"{timed['values']} values, {timed['bytes'] / 2**20:.2f} MiB per branch: {timed['weight_share']:.1%}" in text
     assert found["cache_bytes"] == sum(s["cache_bytes"] for s in found["sites"])
     values = sum(s["native_bytes"] for s in found["sites"]) // 2  # of bfloat16
     assert values < found["cache_bytes"] < 2 * values

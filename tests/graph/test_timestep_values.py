@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dqar_fx.graph.ahead import prepared, timestep_values
 from dqar_fx.graph.keys_values import find_stored
 from dqar_fx.graph.timestep_values import SMALL, TimestepValues, take_out
 from dqar_fx.runtime.lossless import constant_inputs, timestep_source
-from dqar_fx.runtime.program import timestep_values
 from tests.graph.conftest import WIDTH, Attention, attend, capture_call, captured_model, ops, tokens
 
 CONSTANT = partial(constant_inputs, latents="hidden_states")
@@ -116,7 +116,7 @@ def captured(model: nn.Module, batch: int = 2) -> tuple[fx.GraphModule, dict[str
 
 def taken(gm: fx.GraphModule, num_steps: int = STEPS) -> TimestepValues | None:
     regions = [r for r in find_stored(gm, "output") if not r.site.reason]
-    return timestep_values(gm, regions, CONSTANT, num_steps)
+    return timestep_values(prepared(gm, regions), regions, CONSTANT, timestep_source, num_steps)
 
 
 def test_a_modulation_is_taken_out() -> None:
