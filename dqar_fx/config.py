@@ -51,7 +51,9 @@ class CacheConfig:
             parameters and from what the generation is conditioned on alone, such as projections of the prompt, the
             keys and values of a cross-attention on it, tables of rotary embeddings (``graph.hoist``). Kept in the
             model's own dtype beside the model; computed again when one of those inputs is other memory or was written
-            into. A schedule that reuses nothing leaves these alone too.
+            into. And compute for all steps of a run at once what depends on the timestep besides, but on no latent,
+            where the scheduler tells the timesteps (``graph.timestep_values``; not with ``backend="eager"``). A
+            schedule that reuses nothing leaves these alone too.
         keep_buffers: keep the stored values' memory from one generation for the next, at the same addresses, instead
             of freeing it when a generation ends.
 

@@ -21,6 +21,8 @@ from dqar_fx.graph.lossless import Constant, invariant
 #: A value may take as many bytes, over all steps, as the weights that it saves reading, and this in any case: where
 #: matrices are that small, calling the kernels is what takes time.
 SMALL = 256 * 1024
+#: Steps that a run may have. A shorter one (to warm up) takes no more than these can, as what it settles stays settled.
+USUAL = 50
 #: Compiled kernels may count on their arguments beginning at a multiple of so many bytes.
 ALIGNMENT = 16
 
@@ -138,7 +140,7 @@ class _TimestepChoice(Choice):
     ) -> None:
         super().__init__(gm, stays, blocks, 0)
         self._timed = timed
-        self._num_steps = num_steps
+        self._num_steps = max(num_steps, USUAL)
 
     def pays(self, value: fx.Node, rest: set[fx.Node], readers: set[str]) -> bool:
         """True for a product with weights that takes no more memory, over all steps, than they do.

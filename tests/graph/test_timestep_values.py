@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from dqar_fx.graph.ahead import prepared, timestep_values
 from dqar_fx.graph.keys_values import find_stored
-from dqar_fx.graph.timestep_values import SMALL, TimestepValues, take_out
+from dqar_fx.graph.timestep_values import SMALL, USUAL, TimestepValues, take_out
 from dqar_fx.runtime.lossless import constant_inputs, timestep_source
 from tests.graph.conftest import WIDTH, Attention, attend, capture_call, captured_model, ops, tokens
 
@@ -90,9 +90,11 @@ class WrittenInto(Modulated):
 
 
 class Wide(Modulated):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, inner: int = WIDTH) -> None:
         super().__init__()
         self.outer = nn.Linear(WIDTH, width)
+        if inner != WIDTH:
+            self.outer = nn.Sequential(nn.Linear(WIDTH, inner), nn.Linear(inner, width))
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         scale = self.modulation(hidden_states, timestep[:, None].float(), class_labels)
@@ -153,20 +155,29 @@ def test_what_no_timestep_reaches_is_computed_once_instead() -> None:
     assert taken(gm) is None
 
 
-@pytest.mark.parametrize("width", [2 * WIDTH, 256 * WIDTH])
-def test_all_steps_take_no_more_memory_than_the_weights(width: int) -> None:
-    model = Wide(width)
+@pytest.mark.parametrize(("width", "inner"), [(2 * WIDTH, WIDTH), (512, 160)])
+def test_all_steps_take_no_more_memory_than_the_weights(width: int, inner: int) -> None:
+    model = Wide(width, inner)
     gm, _ = captured(model)
     weights = sum(w.numel() * 4 for layer in (model.inner, model.outer) for w in layer.parameters())
-    assert (weights > SMALL) == (width > 2 * WIDTH)  # or what is always granted
+    assert (weights > SMALL) == (width == 512)  # or what is always granted
     most = max(weights, SMALL) // (2 * width * 4)
+    assert most > USUAL
     found = taken(gm, most)
     assert found is not None
     assert found.max_steps == most
     assert found.step_bytes == 2 * width * 4
     fewer = taken(gm, most + 1)
     assert fewer is not None
-    assert fewer.step_bytes == 2 * WIDTH * 4  # what it is made of
+    assert fewer.step_bytes == 2 * inner * 4  # what it is made of
+
+
+def test_a_run_of_a_few_steps_decides_for_longer_ones() -> None:
+    most = SMALL // USUAL // (2 * 4) // 4 * 4  # elements that a sample can have, of two
+    for width, kept in ((most, most), (most + 4, WIDTH)):
+        found = taken(captured(Wide(width))[0], num_steps=2)
+        assert found is not None
+        assert found.step_bytes == 2 * kept * 4
 
 
 def test_a_value_that_would_not_be_aligned_stays() -> None:
