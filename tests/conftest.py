@@ -21,6 +21,7 @@ SLOW = frozenset(
         "pipelines/test_interruptions.py",
         "pipelines/test_sections.py",
         "pipelines/test_sequences.py",
+        "pipelines/test_timestep_values.py",
         "runtime/test_faults_of_families.py",
         "zoo/test_saved_captures.py",
     }
