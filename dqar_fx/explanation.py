@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dqar_fx.config import CacheConfig
 from dqar_fx.errors import CaptureError
 from dqar_fx.example_inputs import example_inputs, wants_values
-from dqar_fx.graph.ahead import prepared, timestep_values
+from dqar_fx.graph.ahead import timestep_values
 from dqar_fx.graph.attentions import is_attention, is_fused_layer
 from dqar_fx.graph.flops import Work, speedup_bound
 from dqar_fx.graph.inspect import Capture, capture_graphs, describe
@@ -118,9 +118,7 @@ def explain(
     hoisted = next((savings(g.hoisted) for g in work.graphs if hoists and g.hoisted is not None), NOTHING)
     timed = None
     if constant is not None and hoists:
-        timed = timestep_values(
-            prepared(capture.graphs[0], regions[0]), regions[0], constant, timestep_source, len(reuse)
-        )
+        timed = timestep_values(work.graphs[0].lifted, regions[0], constant, timestep_source, len(reuse))
     planned = reuse.mean(axis=0).tolist() if plan else []
     everything = work.saved_together()
     rows = [

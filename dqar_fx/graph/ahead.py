@@ -1,4 +1,4 @@
-"""What a captured graph need not compute at every step, found in it before it is cut into pieces."""
+"""What a guarded graph need not compute at every step, found in it before it is cut into pieces."""
 
 from __future__ import annotations
 
@@ -9,21 +9,12 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from dqar_fx.graph.capture import lift_constants, source_name, unwrap_scalars
-from dqar_fx.graph.guard import guard_sites
+from dqar_fx.graph.capture import source_name
 from dqar_fx.graph.hoist import Hoisted, hoist, number
 from dqar_fx.graph.lossless import Constant
 from dqar_fx.graph.partition import block_labels
-from dqar_fx.graph.share import share_repeated
 from dqar_fx.graph.sites import Region
 from dqar_fx.graph.timestep_values import TimestepValues, take_out
-
-
-def prepared(gm: fx.GraphModule, regions: Sequence[Region]) -> fx.GraphModule:
-    """A captured graph as the functions below take it: guarded, with its constants and numbers as inputs."""
-    lifted, _ = lift_constants(guard_sites(gm, regions))
-    lifted, _ = unwrap_scalars(lifted)
-    return share_repeated(lifted)
 
 
 def computed_once(

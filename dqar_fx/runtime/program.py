@@ -184,7 +184,8 @@ class CapturedGraph:
         self.guarded = guard_sites(gm, regions)
         lifted, self.constants = lift_constants(self.guarded)
         lifted, self._scalars = unwrap_scalars(lifted)
-        lifted = share_repeated(lifted)
+        #: The guarded graph as it is cut into pieces: its constants and numbers are inputs.
+        self.lifted = lifted = share_repeated(lifted)
         #: The pieces of a step that hoists nothing, and those of one that does.
         self.plain: list[Piece] = partition(lifted, regions, fuse=True)
         nodes = {n.name: n for n in gm.graph.nodes}
@@ -275,10 +276,12 @@ class CapturedGraph:
         """What computes the values for all steps, from arguments and constants."""
         position = {n.name: i for i, n in enumerate(self._inputs)}
         inputs = [position[name] for name in timed.inputs]
-        weights = [i for i in self.parameters if i in inputs]
+        weights = sorted({*inputs}.intersection(self.parameters))
+        first_constant = len(self._inputs) - len(self.constants)
         return TimestepTable(
-            timed.table, calendar, self.constants, inputs, position[timed.timestep], weights, timed.max_steps
-        )
+            timed.table, calendar, self.constants, first_constant, inputs, position[timed.timestep], weights,
+            timed.max_steps,
+        )  # fmt: skip
 
     def _place(self) -> None:
         """Give every value its register: inputs, stored tensors, then intermediate values."""

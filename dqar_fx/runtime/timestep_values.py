@@ -110,7 +110,8 @@ class TimestepTable:
     Args:
         table: computes them from ``inputs``.
         calendar: knows the timesteps.
-        constants: what the graph is called with behind its arguments.
+        constants: what the graph is called with behind its arguments,
+        first_constant: the position of the first.
         inputs: positions, in arguments and constants together, of what ``table`` is given.
         timestep: position of the timestep.
         weights: positions of the parameters among ``inputs``.
@@ -122,6 +123,7 @@ class TimestepTable:
         table: fx.GraphModule,
         calendar: Calendar,
         constants: Sequence[torch.Tensor],
+        first_constant: int,
         inputs: Sequence[int],
         timestep: int,
         weights: Sequence[int],
@@ -133,6 +135,8 @@ class TimestepTable:
         self._inputs = tuple(inputs)
         self._timestep = timestep
         self._weights = tuple(weights)
+        told = {*weights, timestep, *range(first_constant, first_constant + len(constants))}
+        self._others = tuple(i for i in inputs if i not in told)
         self._max_steps = max_steps
         self._failed = False
 
@@ -146,9 +150,7 @@ class TimestepTable:
         if ahead is None:
             return None
         weights = [arguments[i] for i in self._weights]
-        others = {*self._weights, self._timestep}
-        given = [arguments[i] for i in self._inputs if i < len(arguments) and i not in others]
-        tensors = [value for value in given if isinstance(value, torch.Tensor)]
+        tensors = [value for i in self._others if isinstance(value := arguments[i], torch.Tensor)]
         versions = versions_of(tensors), versions_of(weights)
         if -1 in versions[0] or -1 in versions[1]:
             return None

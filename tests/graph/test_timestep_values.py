@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dqar_fx.graph.ahead import prepared, timestep_values
+from dqar_fx import CacheConfig
+from dqar_fx.graph.ahead import timestep_values
 from dqar_fx.graph.keys_values import find_stored
+from dqar_fx.graph.lower import Lowerer
 from dqar_fx.graph.timestep_values import SMALL, USUAL, TimestepValues, take_out
 from dqar_fx.runtime.lossless import constant_inputs, timestep_source
+from dqar_fx.runtime.program import CapturedGraph
 from tests.graph.conftest import WIDTH, Attention, attend, capture_call, captured_model, ops, tokens
 
 CONSTANT = partial(constant_inputs, latents="hidden_states")
@@ -118,7 +121,8 @@ def captured(model: nn.Module, batch: int = 2) -> tuple[fx.GraphModule, dict[str
 
 def taken(gm: fx.GraphModule, num_steps: int = STEPS) -> TimestepValues | None:
     regions = [r for r in find_stored(gm, "output") if not r.site.reason]
-    return timestep_values(prepared(gm, regions), regions, CONSTANT, timestep_source, num_steps)
+    lifted = CapturedGraph(gm, regions, CacheConfig(), Lowerer(lambda gm, _: gm), {}).lifted
+    return timestep_values(lifted, regions, CONSTANT, timestep_source, num_steps)
 
 
 def test_a_modulation_is_taken_out() -> None:
