@@ -69,6 +69,7 @@ class CaptureBackend:
         def run(*arguments: Any) -> list[Any]:
             return runtime.run(graph, arguments)
 
+        run.graph = graph  # type: ignore[attr-defined]  # tells what Dynamo compiled for this graph from the others
         return run
 
     def _own_call(self, graph: CapturedGraph) -> Callable[..., Any]:

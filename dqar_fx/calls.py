@@ -18,6 +18,7 @@ from dqar_fx.runtime.conditioning import InputReader
 from dqar_fx.runtime.identity import timestep_argument
 from dqar_fx.runtime.runtime import Runtime
 from dqar_fx.runtime.standin import StandIn
+from dqar_fx.shortcut.call import Shortcuts
 
 
 def forward_names(model: nn.Module) -> list[str]:
@@ -66,7 +67,8 @@ def make_call(
     argument = timestep_argument(names)
     runtime.latents = next((name for name in names if argument is None or name != argument[0]), "")
     reader = InputReader(names, argument[0] if argument else "")
-    return OptimizedCall(runtime, compile_model, argument, reader, tune)
+    runtime.shortcuts = Shortcuts(model, runtime.run)
+    return OptimizedCall(runtime, compile_model, argument, reader, runtime.shortcuts, tune)
 
 
 def plain_call(model: nn.Module) -> Callable[..., Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dqar_fx.runtime.conditioning import InputReader
 from dqar_fx.runtime.runtime import Runtime
+from dqar_fx.shortcut.call import MISS, Compiled, Shortcuts
 
 #: How often one model may be captured before Dynamo leaves it eager for good. Its own limit is 8, which a few LoRAs,
 #: each switched on and off, fused and not, exceed; captures cost little where pieces are those compiled before.
@@ -41,6 +42,16 @@ def state_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for each in named for name, _ in each)
 
 
+class Resumed(Protocol):
+    """A loaded capture, in front of the compiled model."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One call of the model."""
+
+    def compiled(self) -> Iterable[Compiled]:
+        """What it calls in place of the forward, if it can."""
+
+
 class OptimizedCall:
     """What an optimised module calls: tells the runtime where a call begins and ends, and runs the compiled model.
 
@@ -53,11 +64,14 @@ class OptimizedCall:
         compile_model: Callable[[], Callable[..., Any]],
         timestep: tuple[str, int] | None,
         inputs: InputReader,
+        shortcuts: Shortcuts,
         tune: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None = None,
     ) -> None:
         self.runtime = runtime
+        #: Past Dynamo's guards on the model, where they have passed and it has not changed since.
+        self.shortcuts = shortcuts
         self._compile = compile_model
-        self._compiled = compile_model()
+        self._compiled: Callable[..., Any] = compile_model()
         #: Lets Dynamo take boolean masks, ``nonzero`` and ``item`` into the graph, where it would break without. Put
         #: away after the first call of a model that has none: entering it takes 10 us.
         self._dynamic_operators: Any = torch._dynamo.config.patch(
@@ -69,9 +83,10 @@ class OptimizedCall:
         self._inputs = inputs
         self._name, self._position = timestep or ("", -1)
 
-    def resume(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def resume(self, wrap: Callable[[Callable[..., Any]], Resumed]) -> None:
         """Call what ``wrap`` makes of the compiled model in its place."""
-        self._compiled = wrap(self._compiled)
+        resumed = wrap(self._compiled)
+        self._compiled, self.shortcuts.loaded = resumed, resumed.compiled
 
     # In a function that is itself compiled, Dynamo must call this as it is: traced into, it would be the plain model.
     @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]  # torch leaves it untyped
@@ -85,14 +100,23 @@ class OptimizedCall:
         runtime = self.runtime
         runtime.begin_call(timestep, self._inputs(args, kwargs))
         try:
-            if self._dynamic_operators is None:
-                result = self._compiled(*args, **kwargs)
-            else:
-                result = self._call_with_dynamic_operators(args, kwargs)
+            result = self.shortcuts(args, kwargs)
+            if result is MISS:
+                result = self._call_through_dynamo(args, kwargs)
             runtime.end_call()
         except BaseException:
             runtime.abort_call()
             raise
+        return result
+
+    def _call_through_dynamo(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._dynamic_operators is None:
+            result = self._compiled(*args, **kwargs)
+        else:
+            result = self._call_with_dynamic_operators(args, kwargs)
+        graph = self.runtime.only_graph
+        if graph is not None:
+            self.shortcuts.learn(args, kwargs, graph)
         return result
 
     def _choose_sites(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ class Stats:
         variants: compiled pieces, one for each (piece, outcome, input signature) that was needed.
         compile_seconds: time spent rewriting and compiling them.
         cuda_graphs: what became of steps as CUDA graphs; None where that is off.
+        shortcuts: calls since ``optimize`` that went past Dynamo's guards on the model, which had not been written into
+            since they last passed.
     """
 
     decisions: tuple[Decision, ...]
@@ -44,6 +46,7 @@ class Stats:
     compile_seconds: float
     measurements: tuple[Measured, ...] = ()
     cuda_graphs: GraphCounts | None = None
+    shortcuts: int = 0
 
     def plot(self, path: str | Path | None = None, *, title: str = "", size: tuple[float, float] = (9.0, 5.0)) -> Any:
         """Draw the decisions, step by site, coloured by reason; see ``Plan.plot`` for ``path`` and ``size``.
@@ -118,6 +121,7 @@ class Report:
     timed: TimestepValues | None = None  # what is computed for all steps at once
     timed_bytes: int = 0  # held now
     left: tuple[tuple[Site, str], ...] = ()  # sites whose reuse does not pay, as measured
+    guarded: tuple[str, ...] = ()  # why Dynamo's guards on the model are checked at every call
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as numbers, strings, lists and dicts."""
@@ -182,6 +186,8 @@ class Report:
             "cache_bytes": self.stats.cache_bytes,
             "repeated_calls": self.repeats,
             "uncompiled_pieces": self.uncompiled,
+            "shortcuts": self.stats.shortcuts,
+            "guarded": list(self.guarded),
             "cuda_graphs": asdict(self.stats.cuda_graphs) if self.stats.cuda_graphs is not None else None,
         }
 
@@ -204,6 +210,8 @@ class Report:
                 f"cache {data['cache_bytes'] / MIB:.2f} MiB"
             ),
         ]
+        head.append(f"calls past Dynamo's guards on the model, so far: {self.stats.shortcuts}")
+        head += [f"Dynamo's guards on the model are checked at every call: {reason}" for reason in self.guarded]
         if self.hoisted.values:
             head.append(
                 f"computed once: {self.hoisted.values} values, {self.hoisted_bytes / MIB:.2f} MiB; "

@@ -43,6 +43,7 @@ from dqar_fx.runtime.report import GraphBreak, Report, Stats
 from dqar_fx.runtime.sharing import SharingTable
 from dqar_fx.runtime.timestep_values import Calendar
 from dqar_fx.schedule import Schedule
+from dqar_fx.shortcut.call import Shortcuts
 from dqar_fx.tuning.choice import SiteChoice
 
 SiteFilter = SiteChoice | Callable[[Site], bool] | str | Sequence[str] | None
@@ -122,6 +123,8 @@ class Runtime:
         self.capture_seconds = 0.0
         #: Names of the model's parameters and buffers, where known: they tell its own frame from that of a part.
         self.state_names: frozenset[str] | None = None
+        #: Calls past Dynamo's guards; None where nobody tells of the model's calls.
+        self.shortcuts: Shortcuts | None = None
         #: Name of the forward's argument that holds the latents, "" where it is not known.
         self.latents = ""
         #: The options that the registered backend made this runtime from; held, so that their identity stays their own.
@@ -217,6 +220,8 @@ class Runtime:
     def release(self) -> None:
         """Free everything and let go of the scheduler; what ``restore`` does to the runtime."""
         self.reset()
+        if self.shortcuts is not None:
+            self.shortcuts.clear()
         if self._scheduler is not None:
             self._scheduler.release()
 
@@ -230,6 +235,12 @@ class Runtime:
     def graphs(self) -> tuple[CapturedGraph, ...]:
         """The graphs of the fullest call of the last run; those captured so far, while the first is running."""
         return self._model or tuple(self._graphs)
+
+    @property
+    def only_graph(self) -> CapturedGraph | None:
+        """The graph that the present call of this thread has run, where it has run one with sites; None otherwise."""
+        call = self._threads.call
+        return call.graphs[0] if call is not None and len(call.graphs) == 1 else None
 
     @property
     def plan(self) -> Plan | None:
@@ -257,6 +268,7 @@ class Runtime:
             compile_seconds=self.lowerer.seconds + self.capture_seconds,
             measurements=tuple(generation.measurements()),
             cuda_graphs=self.step_graphs.counts if self.step_graphs is not None else None,
+            shortcuts=self.shortcuts.taken if self.shortcuts is not None else 0,
         )
 
     def report(self) -> Report:
@@ -284,6 +296,7 @@ class Runtime:
             timed=next((graph.timed for graph in self.graphs if graph.timed is not None and self._reuses), None),
             timed_bytes=self._generation().row_bytes,
             left=tuple((self.sites[site], why) for site, why in self._idle().items()),
+            guarded=tuple(dict.fromkeys(self.shortcuts.reasons.values())) if self.shortcuts is not None else (),
         )
 
     @property

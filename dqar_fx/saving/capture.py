@@ -33,6 +33,7 @@ from dqar_fx.saving import guards
 from dqar_fx.saving.describe import describe
 from dqar_fx.saving.graph import dump_graph, load_graph, same_graph
 from dqar_fx.saving.structure import difference, hooked, sources, structure
+from dqar_fx.shortcut.call import Compiled
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,17 @@ class ResumedCall:
         if self._cells:
             scope = arguments_of(self._function, self._model, args, kwargs)
         return bool(self._manager.guard_manager.check(scope))
+
+    def compiled(self) -> Iterator[Compiled]:
+        """What is called where the guards pass, once they are put up."""
+        if self._run is not None:
+            run: Any = self._run
+            yield Compiled(run.__code__, run.__globals__, self._manager.guard_manager, self._is_valid)
+
+    def _is_valid(self) -> bool:
+        if RemovableHandle.next_id != self._handles and self._is_hooked():
+            self._run = None
+        return self._run is not None and bool(self._manager.valid)
 
     def _is_hooked(self) -> bool:
         """Somewhere a hook was registered, which no guard sees: True if it is here, and the capture of no use."""
