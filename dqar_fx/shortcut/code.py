@@ -1,9 +1,9 @@
 """The code that Dynamo put in place of a forward, less the part that fetches the model's parameters.
 
 Before it calls the graph, that code looks up every parameter, module by module: half a millisecond for 28 blocks.
-Where the model is watched, it would find the same tensors as before. So all up to the call of the graph is replaced by a
-call of ours, which is given the forward's own arguments and knows the rest. What makes the model's result of the graph's
-stays as it is.
+Where the model is watched, it would find the same tensors as before. So all up to the call of the graph is replaced by
+a call of ours, which is given the forward's own arguments and knows the rest. What makes the model's result of the
+graph's stays as it is.
 """
 
 from __future__ import annotations

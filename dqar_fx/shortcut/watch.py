@@ -1,10 +1,10 @@
 """Dynamo's guards in two: what can be watched for writes, and the rest, which is checked as ever.
 
 Nine tenths of the guards of a compiled model are on the model itself: each attribute of each module, one by one, at
-every call (1 to 2 ms for 28 blocks, a quarter of a step where these are small). Nearly all are functions of dictionaries
-(of attributes, parameters and submodules) and of tensors' looks. Python numbers every write into a dictionary. So once
-the guards have passed, it is enough that no dictionary on their way has been written into since, that the objects have
-their classes, and the tensors their shapes, strides, dtypes and devices.
+every call (1 to 2 ms for 28 blocks, a quarter of a step where these are small). Nearly all are functions of
+dictionaries (of attributes, parameters and submodules) and of tensors' looks. Python numbers every write into a
+dictionary. So once the guards have passed, it is enough that no dictionary on their way has been written into since,
+that the objects have their classes, and the tensors their shapes, strides, dtypes and devices.
 
 What cannot be told so (lists, functions, classes, properties, other dictionaries) and all that is not the model
 (arguments, globals, modes of torch) stays with Dynamo: its own guards, in its own C++, less those that are watched.
