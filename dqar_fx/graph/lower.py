@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from dqar_fx.graph.capture import fork
 from dqar_fx.graph.compile_line import compile_line
 from dqar_fx.graph.effects import finds_size
 from dqar_fx.graph.host_memory import keep_freed_memory
+from dqar_fx.graph.overlap import is_possible, overlapping
 from dqar_fx.graph.specialise import Variant
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,23 @@ class Lowerer:
     def rounds_differently(self) -> bool:
         """True if compiled pieces may differ from torch in the last bit anyway."""
         return self._is_inductor
+
+    @property
+    def overlaps(self) -> bool:
+        """True if pieces for the CPU can be compiled with ``overlapping``: by Inductor, with none but our settings."""
+        mine = getattr(self._backend, "config", {})
+        return self._is_inductor and not self._dynamic and not set(mine) - set(_NO_ASSERTS) and is_possible()
+
+    @contextmanager
+    def overlapping(self) -> Iterator[None]:
+        """Inside, pieces are lowered and must not be called; on leaving, their C++ compilers have been waited for."""
+        with ExitStack() as stack:
+            stack.enter_context(overlapping())
+            yield
+            started = time.perf_counter()
+            with compile_line(self._count, self.seconds):
+                stack.close()
+            self.seconds += time.perf_counter() - started
 
     @property
     def overwrites_results(self) -> bool:

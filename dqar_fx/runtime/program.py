@@ -19,6 +19,7 @@ from dqar_fx.graph.calling import BoxedCallable
 from dqar_fx.graph.capture import is_parameter, lift_constants, source_name, unwrap_scalars
 from dqar_fx.graph.effects import has_late_size, must_keep, storages, written
 from dqar_fx.graph.guard import ATTENTION, CHECKS, guard_sites
+from dqar_fx.graph.looks import intermediate_looks
 from dqar_fx.graph.lossless import Constant
 from dqar_fx.graph.lower import Lowerer
 from dqar_fx.graph.measure import can_tell_entropy
@@ -424,6 +425,8 @@ class CapturedGraph:
 
     def _run_apart(self, program: Program, modes: _Modes, registers: list[Any], copies: Copies | None) -> None:
         """Run a program for the first time, compiling what is new, or with its stored values in host memory."""
+        if copies is None:
+            self._compile_together(program, modes, registers)
         compiled = []
         for index, (step, freed) in enumerate(zip(program.steps, program.freed, strict=True)):
             if copies is not None:
@@ -438,6 +441,24 @@ class CapturedGraph:
                 copies.take(index, registers)
             compiled.append((self._lowerer.direct(function), step.gather, step.results, freed))
         program.compiled = compiled  # only now: an exception on the way leaves the program to be built again
+
+    def _compile_together(self, program: Program, modes: _Modes, registers: Sequence[Any]) -> None:
+        """Compile what is new in ``program``, for the CPU, in one go; each piece for arguments as they will be.
+
+        How intermediate values will look is found on fake tensors. Where they come out otherwise, the piece is compiled
+        again for them as it runs, and where that cannot be told, it is compiled when it runs.
+        """
+        if self._late or not self._lowerer.overlaps:
+            return
+        if len({id(step.variant) for step in program.steps if modes not in step.compiled}) < 2:
+            return
+        looks = intermediate_looks(
+            [(step.variant.gm, step.arguments, step.results) for step in program.steps], registers
+        )
+        with self._lowerer.overlapping():
+            for step, made in zip(program.steps, looks, strict=False):
+                if modes not in step.compiled and not step.symbolic:
+                    self._function(step, modes, [made[i]() if i in made else registers[i] for i in step.arguments])
 
     def _function(self, step: _Step, modes: _Modes, given: Sequence[Any]) -> BoxedCallable:
         """``step``, compiled for arguments like these. All but the intermediate ones are what they were for ``modes``:
