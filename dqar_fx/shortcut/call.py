@@ -106,14 +106,15 @@ def _compiled_by_dynamo(function: types.FunctionType) -> Iterator[Compiled]:
         yield Compiled(entry.code, function.__globals__, manager, lambda it=manager: it.cache_entry is not None)  # type: ignore[misc]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Shortcut:
-    """One capture: its guards in two halves, and what to call."""
+    """One capture: its guards in two halves, what to call, and whether that was called."""
 
     compiled: Compiled
     rest: Any
     watch: Watch
     run: Callable[..., Any]
+    taken: bool = False
 
     def fits(self, scope: Mapping[str, Any]) -> bool:
         """True if Dynamo's guards, all of them, would pass for a call that begins with ``scope``."""
@@ -126,6 +127,16 @@ class _Shortcut:
     def is_current(self) -> bool:
         """True if the model is what it was."""
         return self.compiled.is_valid() and self.watch.unchanged()
+
+
+def _is_counted() -> bool:
+    """True inside of what is compiled with ``fullgraph=True``: torch counts frames, and raises if none was compiled."""
+    count = getattr(torch._C._dynamo.eval_frame, "set_fullgraph_compiled_frame_count", None)
+    if count is None:  # an older torch
+        return False
+    before: int = count(-1)  # how many so far, and no longer counted; -1 if they are not
+    count(before)
+    return before >= 0
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
@@ -183,6 +194,7 @@ class Shortcuts:
                 if index:
                     self._known = (shortcut, *(each for each in self._known if each is not shortcut))
                 self.taken += 1
+                shortcut.taken = True
                 return shortcut.run(model, *args, **kwargs)
         return MISS
 
@@ -193,8 +205,10 @@ class Shortcuts:
             and not (model._forward_hooks or model._forward_pre_hooks or model._backward_hooks)
             and not (model._backward_pre_hooks or modules._has_any_global_hook())  # type: ignore[no-untyped-call]  # torch
             and eval_frame._stance.stance == "default"
+            and eval_frame._stance.backend is None
             and not is_in_torch_dispatch_mode()
             and not torch._C._is_tracing()
+            and not _is_counted()
         )
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], graph: CapturedGraph) -> None:
@@ -202,8 +216,9 @@ class Shortcuts:
         if graph in self.reasons:
             return
         known = self._of_graph.get(graph)
-        if known is not None and known.is_current:
-            return  # something else was in the way
+        if known is not None and known.is_current:  # something else was in the way, or it had to make room
+            self._known = (known, *(each for each in self._known if each is not known))[:_TRIED]
+            return
         model = self._model()
         forward = model.forward if model is not None else None
         if model is None or not isinstance(forward, types.MethodType) or forward.__self__ is not model:
@@ -221,16 +236,18 @@ class Shortcuts:
         state = {id(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors}
         if not state.isdisjoint(map(id, _tensors(scope.values()))):
             return  # which of the two a graph was captured with, Dynamo does not always guard
-        changes = self._changes[graph] = self._changes.get(graph, -1) + 1
+        changes = 0 if known is None or known.taken else self._changes[graph] + 1
+        self._changes[graph] = changes
         self._forget(graph)
         try:
             if changes > PATIENCE:
                 raise Refused("the model keeps changing")
             found = [*_compiled_by_dynamo(function), *(self.loaded() if self.loaded is not None else ())]
             shortcut = _make(graph, scope, model, function, found, self._run)
-        except Refused as refusal:
-            logger.info("all guards are checked at every call: %s", refusal)
-            self.reasons[graph] = str(refusal)
+        except Exception as error:  # a torch whose guards are otherwise must not keep a model from running
+            why = str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {error}"
+            logger.info("all guards are checked at every call: %s", why)
+            self.reasons[graph] = why
             return
         if shortcut.compiled.manager.check(scope) and shortcut.fits(scope):
             self._of_graph[graph] = shortcut

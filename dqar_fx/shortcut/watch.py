@@ -12,6 +12,7 @@ What cannot be told so (lists, functions, classes, properties, other dictionarie
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ _IMMUTABLE = (
 _TENSORS = (torch.Tensor, nn.Parameter)
 #: Objects of these kinds have more to them than their attributes.
 _OTHER = (type, types.FunctionType, types.MethodType, types.ModuleType, types.BuiltinFunctionType, types.CodeType)
+#: Python's own optimisations of a place in the code come after some ten times.
+_WRITES = 100
 #: How attributes are found if a class says nothing else.
 _USUAL: Any = object.__getattribute__
 #: Kinds of guards that ask for nothing but an object's identity, class or immutable value; the contents of a plain
@@ -100,6 +103,24 @@ class Watch:
         return bool(self._guards.check(self._all))
 
 
+@functools.cache
+def writes_are_noticed() -> bool:
+    """True if this Python tells torch of writes into the dictionaries of objects, as fast as it may make them."""
+
+    def write(target: types.SimpleNamespace, value: int) -> None:
+        target.number = value  # the same place in the code each time: Python makes it faster after a few
+
+    for value in range(_WRITES):
+        target = types.SimpleNamespace(number=-1)
+        watch = Watch([vars(target)], [], [])
+        if not watch.unchanged():
+            return False
+        write(target, value)
+        if watch.unchanged():
+            return False
+    return True
+
+
 def look_up(manager: Any, scope: Mapping[str, Any], function: types.FunctionType) -> Callable[[str], Any]:
     """What finds the object behind a source, as Dynamo writes it; ``NOWHERE`` if it cannot be found.
 
@@ -128,8 +149,10 @@ def divide(root: Any, value_of: Callable[[str], Any], model: nn.Module) -> tuple
         model: what is watched.
 
     Raises:
-        Refused: some guards tie both halves together, or the model is nowhere in them.
+        Refused: some guards tie both halves together, or the model is nowhere in them; or writes go unnoticed.
     """
+    if not writes_are_noticed():
+        raise Refused("this Python does not tell of writes into objects")
     divided = _Divided(value_of)
     begin = next((n for n in _below(root) if divided.value(n) is model), None)
     if begin is None:

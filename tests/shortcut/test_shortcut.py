@@ -21,6 +21,7 @@ import dqar_fx
 from dqar_fx import Schedule
 from dqar_fx.saved import OLDEST_TORCH
 from dqar_fx.shortcut.call import MISS, PATIENCE, Binder
+from dqar_fx.shortcut.watch import writes_are_noticed
 from dqar_fx.supported import is_older
 from tests.counting import CountsProducts
 from tests.families import DIT, FLUX, SD3, WAN, Family
@@ -339,6 +340,50 @@ def test_a_model_that_changes_at_every_call_is_left_to_dynamo(fresh_inference: N
     assert "keeps changing" in str(report)
     call(model, 40)
     assert shortcuts(model) == taken
+
+
+def test_changes_between_runs_are_learned_however_many(fresh_inference: None) -> None:
+    model = warm(make_own())
+    for run in range(2 * PATIENCE):
+        model.number = 2.0 + run % 2  # captured twice
+        before = shortcuts(model)
+        for step in range(3):
+            assert torch.equal(call(model, step), eager(model, X, timestep(step)))
+        assert shortcuts(model) == before + 2
+    assert not dqar_fx.runtime(model).report().guarded
+
+
+def test_more_kinds_of_calls_than_are_tried_at_a_time_have_one_each(fresh_inference: None) -> None:
+    model = warm(make_own())
+    lengths = range(3, 9)
+    for _ in range(2):
+        for length in lengths:
+            x = torch.randn(2, length, 8)
+            with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+                before = shortcuts(model)
+                for step in range(3):
+                    assert torch.equal(call(model, step, x=x), eager(model, x, timestep(step)))
+                assert shortcuts(model) >= before + 2
+
+
+def test_a_torch_with_other_guards_does_without(fresh_inference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dqar_fx.shortcut.call.divide", lambda *_: [].unheard_of)  # type: ignore[attr-defined]
+    model = make_own()
+    dqar_fx.optimize(model, Schedule.none(50), backend="eager")
+    for step in range(3):
+        assert torch.equal(call(model, step), eager(model, X, timestep(step)))
+    assert shortcuts(model) == 0
+    assert "AttributeError" in str(dqar_fx.runtime(model).report())
+
+
+def test_a_python_that_tells_of_no_writes_does_without(fresh_inference: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert writes_are_noticed()
+    monkeypatch.setattr("dqar_fx.shortcut.watch.writes_are_noticed", lambda: False)
+    model = make_own()
+    dqar_fx.optimize(model, Schedule.none(50), backend="eager")
+    for step in range(3):
+        call(model, step)
+    assert dqar_fx.runtime(model).report().guarded == ("this Python does not tell of writes into objects",)
 
 
 def test_several_graphs_are_left_to_dynamo(fresh_inference: None) -> None:
