@@ -15,7 +15,7 @@ from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 
 #: With these on, Inductor runs what it compiles while it compiles.
-_RUNS_AT_ONCE = (
+RUNS_AT_ONCE = (
     "max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning", "benchmark_kernel",
     "benchmark_fusion", "benchmark_combo_kernel", "freezing", "cpp_wrapper",
 )  # fmt: skip
@@ -35,7 +35,7 @@ _waits: _Wait = AsyncCompile.wait
 
 def is_possible() -> bool:
     """True if nothing that Inductor compiles here is run before it is asked for."""
-    return not any(getattr(config, name, False) for name in _RUNS_AT_ONCE)
+    return not any(getattr(config, name, False) for name in RUNS_AT_ONCE)
 
 
 @contextmanager

@@ -70,7 +70,8 @@ def without_fetching(
             *_after(instructions[first : last + 1], instructions[last + 1 :]),
         ]
 
-    made: Any = bytecode.transform_code_object(code, replace)
+    # Of a copy, as torch keeps what it took apart, and its own code has to be freed for what it calls to be freed.
+    made: Any = bytecode.transform_code_object(code.replace(), replace)
     changed: types.CodeType = made[0] if isinstance(made, tuple) else made  # a tuple since torch 2.9
     return changed
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import fresh_cache
 
@@ -16,11 +17,18 @@ import dqar_fx
 from dqar_fx import Schedule
 from dqar_fx.graph.looks import intermediate_looks
 from dqar_fx.graph.lower import Lowerer, resolve_backend
-from dqar_fx.graph.overlap import overlapping
+from dqar_fx.graph.overlap import RUNS_AT_ONCE, overlapping
 from tests.families import DIT, FLUX, SD3, WAN, Family
 from tests.models import NUM_STEPS, make_dit, sample
 
 SCHEDULE = Schedule.interval(NUM_STEPS, every=2, warmup=1)
+
+
+@pytest.fixture(autouse=True)
+def usual_settings() -> Iterator[None]:
+    """Whatever else in this process has set."""
+    with torch._inductor.config.patch(dict.fromkeys((n for n in RUNS_AT_ONCE if hasattr(config, n)), False)):
+        yield
 
 
 @pytest.fixture

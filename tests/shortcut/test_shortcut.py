@@ -464,16 +464,20 @@ def test_a_loaded_capture_has_one(fresh_inference: None, tmp_path: Any) -> None:
 
 
 def test_a_copy_and_a_restored_model_have_none_and_are_freed(fresh_inference: None) -> None:
+    older = set(globals())
     model = warm(make_own())
     twin = copy.deepcopy(model)
     assert torch.equal(call(twin, 2), call(model, 2))
     weight = weakref.ref(model.mlp[0].weight)
     runtime = dqar_fx.runtime(model)
+    names = {name for name in globals().keys() - older if name.startswith("__compiled_fn")}
+    assert names
     dqar_fx.restore(model)
     del model
     torch._dynamo.reset()
     gc.collect()
     assert weight() is None, "the runtime holds the model"
+    assert not names.intersection(globals()), "Dynamo's code is held"
     assert runtime.stats.shortcuts > 0
 
 
