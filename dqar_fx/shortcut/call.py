@@ -288,7 +288,7 @@ def _make(
         rest, watch = divide(compiled.manager.root, value_of, model)
         try:
             code = without_fetching(
-                code, called[0], graph.sources, value_of, watch.tensor_ids, functools.partial(run, graph)
+                code, called[0], graph.sources, value_of, watch.sources, functools.partial(run, graph)
             )
         except NotFound as why:
             logger.info("parameters are fetched at every call: %s", why)

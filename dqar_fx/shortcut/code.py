@@ -30,7 +30,7 @@ def without_fetching(
     called: str,
     sources: Sequence[str],
     value_of: Callable[[str], object],
-    tensor_ids: frozenset[int],
+    watched: frozenset[str],
     run: Callable[[tuple[Any, ...]], Any],
 ) -> types.CodeType:
     """``code`` with the fetching left out.
@@ -39,7 +39,7 @@ def without_fetching(
         code: Dynamo's, which calls its graph once, under the global name ``called``.
         sources: where the graph's inputs come from, in order, as Dynamo writes it.
         value_of: looks up a source.
-        tensor_ids: identities of what is watched; all inputs but arguments of the call have to be.
+        watched: the sources that are; those of all inputs but arguments of the call have to be.
         run: takes the graph's inputs, and returns its outputs as the graph does.
 
     Raises:
@@ -53,7 +53,7 @@ def without_fetching(
         if argument:
             keys = tuple(int(number) if number else key for key, number in _KEY.findall(argument[2]))
             arguments.append((position, argument[1], keys))
-        elif id(value) not in tensor_ids:
+        elif source not in watched:
             raise NotFound(f"{source} is not watched")
         values.append(value)
     names = tuple(dict.fromkeys(name for _, name, _ in arguments))

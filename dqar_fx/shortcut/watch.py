@@ -70,8 +70,14 @@ class Watch:
     """
 
     def __init__(
-        self, dicts: Sequence[dict[Any, Any]], objects: Sequence[object], tensors: Sequence[torch.Tensor]
+        self,
+        dicts: Sequence[dict[Any, Any]],
+        objects: Sequence[object],
+        tensors: Sequence[torch.Tensor],
+        sources: frozenset[str] = frozenset(),
     ) -> None:
+        #: Where the same tensors are found as long as nothing changes, as Dynamo writes it.
+        self.sources = sources
         self.tensor_ids = frozenset(map(id, tensors))
         self._all = {"watched": (*dicts, *objects, *tensors)}
         self._guards = RootGuardManager()
@@ -166,7 +172,8 @@ def divide(root: Any, value_of: Callable[[str], Any], model: nn.Module) -> tuple
     rest = root.clone_manager(lambda node: node.get_source() in divided.kept)
     if len(rest.get_epilogue_lambda_guards()) != len(root.get_epilogue_lambda_guards()):
         raise Refused("sizes are open, and guarded together")
-    return rest, Watch(list(divided.dicts.values()), list(divided.objects.values()), list(divided.tensors.values()))
+    dicts, objects, tensors = divided.dicts.values(), divided.objects.values(), divided.tensors.values()
+    return rest, Watch([*dicts], [*objects], [*tensors], frozenset(divided.sources - divided.kept))
 
 
 def _below(node: Any, less: str | None = None) -> list[Any]:
@@ -198,6 +205,8 @@ class _Divided:
         self.dicts: dict[int, dict[Any, Any]] = {}
         self.objects: dict[int, object] = {}
         self.tensors: dict[int, torch.Tensor] = {}
+        #: Where these tensors were found. (One may lie in a list as well, of which nobody would know.)
+        self.sources: set[str] = set()
         #: Sources of the guard managers that stay with Dynamo.
         self.kept: set[str] = set()
 
@@ -221,6 +230,8 @@ class _Divided:
                 self.keep(each)
             return False
         watched = asked <= answered
+        if type(value) in _TENSORS:
+            self.sources.add(node.get_source())
         for accessor, child in _children(node):
             if self._reaches(accessor, node, value, child):
                 watched &= self.look(child)

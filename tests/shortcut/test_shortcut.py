@@ -410,6 +410,20 @@ def test_dynamo_forgetting_what_it_compiled_is_noticed(fresh_inference: None) ->
     assert dqar_fx.runtime(model).stats.captures == captures + 1
 
 
+def test_a_parameter_that_also_lies_in_a_list_is_taken_from_there(fresh_inference: None) -> None:
+    class Listed(Own):
+        def forward(self, x: Tensor, timestep: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(x + self.weights[0], timestep) + self.mlp[0].bias
+
+    torch.manual_seed(0)
+    model = Listed().eval().requires_grad_(False)
+    model.weights = [model.mlp[0].bias]
+    warm(model)
+    model.weights[0] = nn.Parameter(torch.ones(8), requires_grad=False)
+    for step in range(2, 5):
+        assert torch.equal(call(model, step), eager(model, X, timestep(step)))
+
+
 def test_parameters_are_not_fetched(fresh_inference: None) -> None:
     model = warm(make_own())
     (shortcut,) = dqar_fx.runtime(model).shortcuts._known  # type: ignore[union-attr]
